@@ -1,0 +1,43 @@
+"""What an attack is: one function from what the server saw to images."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedsim.privacy.observation import Observation, Reconstruction
+from fedsim.schema import Schema
+
+LabelKnowledge = Literal["known", "idlg", "joint"]
+"""How the attacker gets labels: given, by iDLG's sign rule, or found together with the images."""
+
+
+class Attack:
+    """An attack on all victims of an observation at once."""
+
+    def reconstruct(self, observation: Observation) -> Reconstruction:
+        """Return one reconstruction a victim.
+
+        Raises:
+            ConfigError: If the observation lacks what the attack needs.
+        """
+        raise NotImplementedError
+
+
+class AttackSettings(Schema):
+    """Base of the settings of an attack: `build` makes the attack itself."""
+
+    label: str | None = None
+    """Name in results and tables; the attack's own name when not given."""
+    restarts: int = Field(default=1, ge=1)
+    """Independent random starts a victim; the one with the lowest matching loss counts."""
+    ignore: tuple[str, ...] = ()
+    """Parameters left out of the matching, as shell patterns: `["fc.*"]` mutes the layer that PLD defends."""
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the audit hands the victims' labels to the attack."""
+        return False
+
+    def build(self) -> Attack:
+        """Return the attack."""
+        raise NotImplementedError

@@ -1,0 +1,87 @@
+"""What an honest-but-curious server saw of its victims: the whole input of an attack."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedsim.learning.models import Model
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the protocol showed the server of N victims in one round. It holds no ground truth.
+
+    Attributes:
+        model: The architecture, which is public.
+        weights: Global weights that the victims started from, shape [d].
+        gradients: What each victim sent, in gradient units, shape [N, d].
+        batch_size: Number of images B behind each gradient.
+        statistics: Batch-norm statistics that each victim sent, shape [N, b]; b = 0 without batch norm.
+        labels: The victims' labels, shape [N, B], only when the adversary is assumed to know them.
+        seeds: One seed a victim, for the attack's own random draws, length N: a victim is attacked alike
+            whichever others are attacked beside it.
+    """
+
+    model: Model
+    weights: Tensor
+    gradients: Tensor
+    batch_size: int
+    statistics: Tensor
+    labels: Tensor | None
+    seeds: tuple[int, ...]
+
+    @property
+    def victims(self) -> int:
+        """Number of victims N."""
+        return self.gradients.shape[0]
+
+    def select(self, victims: slice) -> "Observation":
+        """Return the observation of some of the victims."""
+        return replace(
+            self,
+            gradients=self.gradients[victims],
+            statistics=self.statistics[victims],
+            labels=None if self.labels is None else self.labels[victims],
+            seeds=self.seeds[victims],
+        )
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack found for N victims.
+
+    Attributes:
+        images: Reconstructed images, shape [N, B, C, H, W]; the audit clamps them to [0, 1].
+        labels: Recovered labels, shape [N, B].
+        loss: Matching loss of the restart that was chosen (never chosen by PSNR), shape [N].
+        iterations: Optimiser steps of that restart, shape [N].
+        stalled: The optimiser stopped moving far from any solution, shape [N], bool.
+        exhausted: The budget ran out while the loss was still falling, shape [N], bool.
+        seconds: Time the whole batch took.
+    """
+
+    images: Tensor
+    labels: Tensor
+    loss: Tensor
+    iterations: Tensor
+    stalled: Tensor
+    exhausted: Tensor
+    seconds: float
+
+    @classmethod
+    def join(cls, parts: list["Reconstruction"]) -> "Reconstruction":
+        """Put the results of several shards of victims one after the other."""
+
+        def cat(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        return cls(
+            images=cat("images"),
+            labels=cat("labels"),
+            loss=cat("loss"),
+            iterations=cat("iterations"),
+            stalled=cat("stalled"),
+            exhausted=cat("exhausted"),
+            seconds=sum(part.seconds for part in parts),
+        )
