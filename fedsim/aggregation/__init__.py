@@ -1,0 +1,1 @@
+"""How updates become one sum: the seam for secure aggregation."""

@@ -34,6 +34,11 @@ class AttackSettings(Schema):
     """Parameters left out of the matching, as shell patterns: `["fc.*"]` mutes the layer that PLD defends."""
 
     @property
+    def title(self) -> str:
+        """What results and tables call this attack."""
+        return self.label or str(getattr(self, "name", "attack"))
+
+    @property
     def knows_labels(self) -> bool:
         """Whether the audit hands the victims' labels to the attack."""
         return False

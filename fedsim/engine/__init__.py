@@ -1,0 +1,1 @@
+"""Ray: worker pool, parameter server, checkpoints."""

@@ -1,0 +1,1 @@
+"""The audit: observations, metrics, scores."""

@@ -1,11 +1,40 @@
 """What an honest-but-curious server saw of its victims: the whole input of an attack."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.learning.models import Model
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A client that the audit watches.
+
+    Attributes:
+        client: Its number.
+        images: Indices of the images behind what it sends, shape [B].
+        stream: Counter of the private randomness with which it protects what it sends.
+    """
+
+    client: int
+    images: NDArray[np.int64]
+    stream: int
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What N victims sent: gradients [N, d] and batch-norm statistics [N, b], as the server sees them."""
+
+    gradients: NDArray[np.float32]
+    statistics: NDArray[np.float32]
+
+    def select(self, victims: slice) -> "Payload":
+        """Return the payload of some of the victims."""
+        return Payload(self.gradients[victims], self.statistics[victims])
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,11 @@ class Reconstruction:
     stalled: Tensor
     exhausted: Tensor
     seconds: float
+
+    def cpu(self) -> "Reconstruction":
+        """Return the same on the CPU."""
+        moved = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "seconds"}
+        return replace(self, **moved)
 
     @classmethod
     def join(cls, parts: list["Reconstruction"]) -> "Reconstruction":

@@ -1,0 +1,24 @@
+"""The seam between what clients send, how the server adds it, and what the server sees of one client.
+
+Secure aggregation and homomorphic encryption fit here: they change all three, and nothing else.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+class Aggregation:
+    """How the protected updates of a round become one weighted sum."""
+
+    def partial(self, protected: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum [d] of a chunk's protected updates [K, d]; runs where the updates are."""
+        raise NotImplementedError
+
+    def combine(self, partials: Sequence[Tensor]) -> Tensor:
+        """Add the chunks' partial sums [d], in chunk order; runs on the server."""
+        raise NotImplementedError
+
+    def visible(self, protected: Tensor) -> Tensor:
+        """Return what the server sees of single clients, given their protected updates [N, d]."""
+        raise NotImplementedError

@@ -1,0 +1,3 @@
+"""Attacks."""
+from fedsim.attacks.base import AttackSettings
+AttackConfig = AttackSettings

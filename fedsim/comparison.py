@@ -1,0 +1,299 @@
+"""A comparison: data sets × attacks × defenses × seeds, one simulation a cell, on one Ray runtime."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fedsim.config import ExperimentConfig, RuntimeConfig, TrackingConfig, merged, parse_config, read_yaml
+from fedsim.data.datasets import Dataset, load_dataset
+from fedsim.engine.checkpoints import write_atomically
+from fedsim.engine.runtime import Runtime
+from fedsim.errors import ConfigError, RunError
+from fedsim.progress import Reporter
+from fedsim.results import SimulationResult
+from fedsim.schema import Schema, explain, suggest
+from fedsim.simulation import Simulation, prepare
+from fedsim.tracking import TrackedRun, Tracker, resolve_uri
+
+Settings = dict[str, Any]
+
+
+class TableConfig(Schema):
+    """One table of the paper: an attack, and what is particular to it."""
+
+    attack: Settings
+    """Settings of the attack."""
+    experiment: Settings = Field(default_factory=dict)
+    """Laid over the common experiment in this table (e.g. the model)."""
+    datasets: dict[str, Settings] = Field(default_factory=dict)
+    """By data set: laid over that in turn."""
+    defenses: dict[str, Settings] = Field(default_factory=dict)
+    """By defense: laid over the defense's settings in this table (its strength)."""
+
+
+class ComparisonConfig(Schema):
+    """The cells of a comparison, as layers of settings."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the comparison and of its folder."""
+    datasets: tuple[str, ...] = Field(min_length=1)
+    """Names of the data sets."""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    """One simulation a cell for each seed."""
+    tables: dict[str, TableConfig] = Field(min_length=1)
+    """The tables, by name: `dga` and `gia` in the slides."""
+    defenses: dict[str, Settings] = Field(min_length=1)
+    """Settings of each defense, by the label it has in the tables."""
+    muted: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By defense: parameters that a second attack leaves out of the matching (`<defense>_muted`)."""
+    experiment: Settings = Field(default_factory=dict)
+    """What all cells share."""
+    dataset_settings: dict[str, Settings] = Field(default_factory=dict)
+    """By data set: laid over the common experiment (e.g. the number of rounds)."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Processes and devices."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that can change a result."""
+        data = self.model_dump(mode="json", exclude={"runtime", "tracking"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def cells(self) -> "list[Cell]":
+        """Return all cells, checked.
+
+        Raises:
+            ConfigError: If any of them is not a valid experiment.
+        """
+        return [
+            Cell(table, dataset, defense, seed, self._experiment(table, dataset, defense, seed))
+            for dataset in self.datasets
+            for table in self.tables
+            for defense in self.defenses
+            for seed in self.seeds
+        ]
+
+    def _experiment(self, table: str, dataset: str, defense: str, seed: int) -> ExperimentConfig:
+        settings = self.tables[table]
+        attacks = [settings.attack]
+        if defense in self.muted:
+            attacks.append({**settings.attack, "label": f"{defense}_muted", "ignore": list(self.muted[defense])})
+        data: Settings = {"data": {"name": dataset}}
+        for layer in (
+            self.experiment,
+            self.dataset_settings.get(dataset, {}),
+            settings.experiment,
+            settings.datasets.get(dataset, {}),
+        ):
+            data = merged(data, layer)
+        data |= {
+            "name": f"{table}-{dataset}-{defense}-seed{seed}",
+            "seed": seed,
+            "defense": merged(self.defenses[defense], settings.defenses.get(defense, {})),
+            "attacks": attacks,
+            "runtime": self.runtime.model_dump(),
+            "tracking": self.tracking.model_dump(),
+        }
+        return parse_config(data, f"{self.name}, cell {data['name']}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One simulation of a comparison, and where it stands in the tables."""
+
+    table: str
+    dataset: str
+    defense: str
+    seed: int
+    config: ExperimentConfig
+
+
+def load_comparison_config(source: str) -> ComparisonConfig:
+    """Read a comparison: the name of a preset, or a YAML file.
+
+    Raises:
+        ConfigError: If there is no such preset or file, or it is not valid.
+    """
+    data = read_yaml(_locate(source))
+    return parse_comparison(data, source)
+
+
+def parse_comparison(data: Settings, source: str) -> ComparisonConfig:
+    """Check plain data and return the comparison; ConfigError says what is wrong with it."""
+    try:
+        return ComparisonConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, data)}") from None
+
+
+def presets() -> list[str]:
+    """Return the names of the presets that come with fedsim."""
+    return sorted(Path(file.name).stem for file in resources.files("fedsim.presets").iterdir()
+                  if file.name.endswith(".yaml"))
+
+
+def _locate(source: str) -> Path:
+    if source.endswith((".yaml", ".yml")):
+        return Path(source)
+    if source not in presets():
+        raise ConfigError(f"no preset {suggest(source, presets())}; a file is named with its .yaml")
+    return Path(str(resources.files("fedsim.presets") / f"{source}.yaml"))
+
+
+def narrow(
+    config: ComparisonConfig,
+    datasets: Sequence[str] | None = None,
+    defenses: Sequence[str] | None = None,
+    tables: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    name: str | None = None,
+) -> ComparisonConfig:
+    """Return the part of a comparison that is asked for, under a name that says what was chosen.
+
+    Raises:
+        ConfigError: If a defense or table is not in the comparison; unknown data sets fail in `cells`.
+    """
+    chosen = {
+        "defenses": _pick("defense", defenses, config.defenses),
+        "tables": _pick("attack", tables, config.tables),
+        "datasets": tuple(datasets or config.datasets),
+        "seeds": tuple(config.seeds if seeds is None else seeds),
+    }
+    parts = [config.name, *(datasets or ()), *(tables or ()), *(defenses or ())]
+    if seeds is not None:
+        parts.append(f"seeds{'-'.join(map(str, seeds))}")
+    return config.model_copy(update={**chosen, "name": name or "-".join(parts)})
+
+
+def _pick(kind: str, wanted: Sequence[str] | None, available: Mapping[str, Any]) -> dict[str, Any]:
+    for name in wanted or ():
+        if name not in available:
+            raise ConfigError(f"--{kind}: no {kind} {suggest(name, available)}")
+    return {name: available[name] for name in wanted or available}
+
+
+@dataclass
+class Comparison:
+    """Runs the cells one after the other and keeps each as soon as it is done.
+
+    Attributes:
+        config: The cells.
+        root: Output root; the comparison's folder is `root / name`.
+        data_dir: Where data sets lie.
+        address: Ray cluster; None: this machine.
+        reporter: Told about progress.
+    """
+
+    config: ComparisonConfig
+    root: Path
+    data_dir: Path | None = None
+    address: str | None = None
+    reporter: Reporter = field(default_factory=Reporter)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every cell and load the data; nothing is started.
+
+        Raises:
+            ConfigError: If anything in the input is wrong.
+        """
+        self.cells = self.config.cells()
+        self._datasets: dict[str, Dataset] = {}
+        for cell in self.cells:
+            prepare(cell.config, self.dataset(cell.config))
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison is kept."""
+        return self.root / self.config.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's store."""
+        return resolve_uri(self.config.tracking.uri, self.root)
+
+    def dataset(self, config: ExperimentConfig) -> Dataset:
+        """Return the data of an experiment, loaded once."""
+        key = f"{config.data.name} {config.data.shape} {config.data.model_dump_json(exclude={'partition'})}"
+        if key not in self._datasets:
+            self._datasets[key] = load_dataset(config.data, self.data_dir)
+        return self._datasets[key]
+
+    def run(self, resume: bool = False) -> Iterator[tuple[Cell, SimulationResult]]:
+        """Run the cells; yield each with its result. Cells that fail are named in `failures`, the rest go on.
+
+        Raises:
+            ConfigError: If the folder holds another comparison, or this one and `resume` is false; if the
+                tracking store or the Ray cluster cannot be reached.
+        """
+        self._check_folder(resume)
+        tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
+        with Runtime(self.config.runtime, self.address) as runtime:
+            parent = self._start(tracker)
+            status = "FAILED"
+            try:
+                for number, cell in enumerate(self.cells):
+                    self.reporter.note(f"cell {number + 1} of {len(self.cells)}: {cell.config.name}")
+                    result = self._run_cell(cell, runtime, tracker, parent)
+                    if result:
+                        yield cell, result
+                status = "FAILED" if self.failures else "FINISHED"
+            except (KeyboardInterrupt, GeneratorExit):
+                status = "KILLED"
+                raise
+            finally:
+                parent.finish(status)
+
+    def _run_cell(
+        self, cell: Cell, runtime: Runtime, tracker: Tracker, parent: TrackedRun
+    ) -> SimulationResult | None:
+        simulation = Simulation(
+            cell.config,
+            output=self.folder / "cells" / cell.config.name,
+            dataset=self.dataset(cell.config),
+            runtime=runtime,
+            tracker=tracker,
+            parent=parent,
+            tags={
+                "fedsim.kind": "cell",
+                "fedsim.table": cell.table,
+                "fedsim.dataset": cell.dataset,
+                "fedsim.defense": cell.defense,
+                "fedsim.seed": str(cell.seed),
+            },
+            reporter=self.reporter,
+        )
+        try:
+            return simulation.run(resume=True)
+        except RunError as error:
+            self.failures[cell.config.name] = str(error)
+            self.reporter.note(f"cell {cell.config.name} failed: {error}")
+            return None
+
+    def _start(self, tracker: Tracker) -> TrackedRun:
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(self.folder / "comparison.yaml", text.encode())
+        identity = f"{self.config.fingerprint()[:16]}@{self.folder.resolve()}"
+        tags = {"fedsim.kind": "comparison", "fedsim.name": self.config.name, "fedsim.id": identity}
+        parent = tracker.start(self.config.name, tags)
+        parent.artifact(self.folder / "comparison.yaml")
+        return parent
+
+    def _check_folder(self, resume: bool) -> None:
+        saved = self.folder / "comparison.yaml"
+        if saved.exists():
+            other = parse_comparison(read_yaml(saved), str(saved))
+            if other.fingerprint() != self.config.fingerprint():
+                raise ConfigError(f"{self.folder} holds another comparison; choose another --name or --output")
+            if not resume:
+                raise ConfigError(f"{self.folder} holds this comparison already; --resume goes on with it")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} is not empty and holds no comparison; choose another --name or --output")

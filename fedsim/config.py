@@ -1,0 +1,229 @@
+"""The whole experiment in one schema: YAML in, one clear line out when it is wrong."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from fedsim.attacks import AttackConfig
+from fedsim.data.datasets import DatasetConfig, DigitsConfig
+from fedsim.defenses import DefenseConfig, NoDefenseConfig
+from fedsim.errors import ConfigError
+from fedsim.learning.models import LeNetConfig, ModelConfig
+from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
+from fedsim.schema import Schema, explain
+
+
+class FederationConfig(Schema):
+    """Who trains, how long and with which optimisers."""
+
+    rounds: int = Field(default=100, ge=1)
+    """Rounds of training."""
+    clients: int = Field(default=100, ge=1)
+    """Clients that the data is split over."""
+    clients_per_round: int = Field(default=10, ge=1)
+    """Size of the cohort drawn anew each round."""
+    min_clients: int = Field(default=1, ge=1)
+    """Fewest clients whose updates must be usable in a round; with fewer the run fails."""
+    local_steps: int | None = Field(default=1, ge=1)
+    """Local SGD steps a round; 1 is FedSGD; null: whole epochs, `local_epochs` of them (FedAvg)."""
+    local_epochs: int = Field(default=1, ge=1)
+    """Local epochs a round when `local_steps` is null."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images a local step."""
+    learning_rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """The clients' learning rate."""
+    server: ServerOptimizerConfig = SgdConfig()
+    """Server optimiser, applied to learning rate × aggregate."""
+    root_per_class: int = Field(default=5, ge=1)
+    """Training images of each class that are public and held by no client: what defenses prepare on."""
+    evaluate_every: int = Field(default=10, ge=1)
+    """Rounds between evaluations on the test set; the last round is always evaluated."""
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> "FederationConfig":
+        if self.clients_per_round > self.clients:
+            raise ValueError(
+                f"clients_per_round is {self.clients_per_round}, but there are {self.clients} clients"
+            )
+        return self
+
+
+class AuditConfig(Schema):
+    """What an honest-but-curious server is tried on."""
+
+    rounds: tuple[int, ...] = (0,)
+    """Rounds before which the global weights are attacked; 0 is the untrained model."""
+    victims: int = Field(default=8, ge=1)
+    """Victims a round, each another client while there are enough."""
+    batch_size: int = Field(default=1, ge=1)
+    """Images behind a probe gradient."""
+    payload: Literal["probe", "training"] = "probe"
+    """`probe`: a protected gradient of `batch_size` images; `training`: one of the size that training uses."""
+    adversaries: tuple[Literal["naive"], ...] = ("naive",)
+    """What the attacker knows of the defense; `naive`: not that there is one."""
+    victims_per_shard: int = Field(default=4, ge=1)
+    """Victims attacked as one batched computation; shards run on the workers side by side."""
+
+
+class RuntimeConfig(Schema):
+    """Where the work runs. Nothing here but `clients_per_chunk` and `execution` can change a result."""
+
+    workers: Literal["auto"] | int = "auto"
+    """Worker processes; auto: one a CPU, or `1 / gpus_per_worker` a GPU."""
+    clients_per_chunk: Literal["auto"] | int = "auto"
+    """Clients trained as one unit of work; auto: an eighth of the cohort, 1 to 16."""
+    execution: Literal["auto", "loop", "vectorized"] = "auto"
+    """How the clients of a chunk are trained; auto: by device and batch size (see `fedsim.learning.training`)."""
+    gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
+    """Fraction of a GPU that a worker takes where there are GPUs."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> "RuntimeConfig":
+        for name in ("workers", "clients_per_chunk"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        return self
+
+    def chunk_width(self, cohort: int) -> int:
+        """Return the clients a chunk for a cohort of this size; it never depends on the workers."""
+        if self.clients_per_chunk != "auto":
+            return self.clients_per_chunk
+        return max(1, min(16, -(-cohort // 8)))
+
+
+class TrackingConfig(Schema):
+    """Where results are logged."""
+
+    uri: str = "auto"
+    """MLflow tracking URI; auto: SQLite, `mlflow.db` in the output root. `off` logs nothing."""
+    experiment: str = "fedsim"
+    """Name of the MLflow experiment."""
+
+
+class ExperimentConfig(Schema):
+    """One simulation: training under a defense, audited by attacks."""
+
+    name: str = Field(default="simulation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Everything random is drawn from it."""
+    data: DatasetConfig = DigitsConfig()
+    """Data set and how it is split over the clients."""
+    model: ModelConfig = LeNetConfig()
+    """The network and its initialisation."""
+    federation: FederationConfig = FederationConfig()
+    """Training."""
+    defense: DefenseConfig = NoDefenseConfig()
+    """What clients do to their updates and the server to the aggregate."""
+    attacks: tuple[AttackConfig, ...] = ()
+    """Attacks that audit what clients sent."""
+    audit: AuditConfig = AuditConfig()
+    """Whom the attacks are tried on."""
+    overhead_pairs: int = Field(default=0, ge=0)
+    """Pairs of rounds, with and without the defense, that measure its share of the round time after training."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Processes and devices."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Rounds between checkpoints."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "ExperimentConfig":
+        labels = [attack.title for attack in self.attacks]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"attacks: two share a label ({', '.join(labels)}); give each its own `label`")
+        late = [r for r in self.audit.rounds if not 0 <= r < self.federation.rounds]
+        if late and self.attacks:
+            last = self.federation.rounds - 1
+            raise ValueError(f"audit.rounds: {late[0]} is not one of the rounds 0 to {last}")
+        if self.federation.local_steps != 1:
+            if self.defense.needs_one_local_step():
+                raise ValueError("defense: clipping by sample needs federation.local_steps: 1")
+            if self.audit.payload == "training" and self.attacks:
+                raise ValueError("audit.payload: training needs federation.local_steps: 1; use probe")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved experiment as plain data, as YAML and JSON hold it."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that can change a result: equal digests, equal experiments."""
+        data = self.to_dict()
+        data.pop("tracking")
+        data.pop("checkpoint_every")
+        data["runtime"] = {k: data["runtime"][k] for k in ("clients_per_chunk", "execution")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; ConfigError names the file and the line."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found {type(data).__name__}")
+    return data
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay `over` upon `base`: mappings merge, all else replaces, and another `name` starts a mapping afresh."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            result[key] = value
+        elif "name" in value and value["name"] != old.get("name"):
+            result[key] = value
+        else:
+            result[key] = merged(old, value)
+    return result
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` texts with dotted keys into nested settings; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for text in overrides:
+        path, separator, value = text.partition("=")
+        if not separator or not all(path.split(".")):
+            raise ConfigError(f"{text!r}: overrides are written key=value, e.g. defense.sigma=0.1")
+        try:
+            leaf = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        for part in reversed(path.split(".")):
+            leaf = {part: leaf}
+        result = merged(result, leaf)
+    return result
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> ExperimentConfig:
+    """Check plain data, laid over the defaults, and return the experiment.
+
+    Raises:
+        ConfigError: With the dotted path of the first wrong setting, what is wrong and what would be valid.
+    """
+    data = merged(ExperimentConfig().to_dict(), data)
+    try:
+        return ExperimentConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, data)}") from None
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read an experiment from a YAML file (or the defaults) with `key=value` overrides laid upon it."""
+    base = {} if path is None else read_yaml(path)
+    return parse_config(merged(base, parse_overrides(overrides)), str(path or "config"))

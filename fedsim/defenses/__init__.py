@@ -1,0 +1,3 @@
+"""Defenses."""
+from fedsim.defenses.none import NoDefenseConfig
+DefenseConfig = NoDefenseConfig

@@ -1,0 +1,81 @@
+"""The worker actor: one process that hosts as many clients as its chunk is wide."""
+
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.engine import chunks
+from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.session import Session
+from fedsim.learning.batches import as_tensor
+from fedsim.privacy.observation import Payload, Reconstruction, Victim
+
+Array = NDArray[np.float32]
+Handle = tuple[str, list[Any]]
+"""A simulation's key, and references to its `SessionSpec` and `Dataset` in a list, so that Ray leaves them be."""
+
+
+class ClientWorker:
+    """Hosts clients: trains, protects and sums them; also evaluates, probes and attacks."""
+
+    def __init__(self, sys_path: list[str]) -> None:
+        """Start on the GPU that Ray gave this actor, or on one CPU thread; `sys_path` finds users' modules."""
+        sys.path += [path for path in sys_path if path not in sys.path]
+        torch.set_num_threads(1)
+        self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        self._sessions: dict[str, Session] = {}
+
+    def pid(self) -> int:
+        """Return this process's id, once it is up."""
+        return os.getpid()
+
+    def forget(self, key: str) -> None:
+        """Drop a session."""
+        self._sessions.pop(key, None)
+
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
+    def run_chunk(
+        self, handle: Handle, weights: Array, public: dict[str, Any], task: ChunkTask
+    ) -> tuple[Array, ChunkReport]:
+        """See `chunks.run_chunk`; two return values, so that the sum [d + b] need not pass the driver."""
+        partial, report = chunks.run_chunk(
+            self._session(handle), self._tensor(weights), self._tensors(public), task
+        )
+        return partial.cpu().numpy(), report
+
+    def probe(
+        self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]
+    ) -> Payload:
+        """See `chunks.probe`."""
+        session = self._session(handle)
+        return chunks.probe(session, self._tensor(weights), self._tensors(public), round_, victims)
+
+    def evaluate(
+        self, handle: Handle, weights: Array, statistics: Array, start: int, stop: int
+    ) -> tuple[int, float]:
+        """See `chunks.evaluate`."""
+        session = self._session(handle)
+        return chunks.evaluate(session, self._tensor(weights), self._tensor(statistics), start, stop)
+
+    def attack(self, handle: Handle, weights: Array, payload: Payload, job: AttackJob) -> Reconstruction:
+        """See `chunks.attack`."""
+        return chunks.attack(self._session(handle), self._tensor(weights), payload, job)
+
+    def _session(self, handle: Handle) -> Session:
+        key, references = handle
+        if key not in self._sessions:
+            spec, dataset = ray.get(references)
+            self._sessions[key] = Session(spec, dataset, self._device)
+        return self._sessions[key]
+
+    def _tensor(self, array: Array) -> Tensor:
+        return as_tensor(array, self._device)
+
+    def _tensors(self, arrays: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: as_tensor(array, self._device) for name, array in arrays.items()}

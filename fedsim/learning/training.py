@@ -1,0 +1,148 @@
+"""Local training of the clients of one chunk, two ways behind one interface.
+
+`LoopTrainer` trains one client after the other with ordinary autograd; `VectorizedTrainer` trains all of
+them as one `torch.func` computation. The rule that chooses (`choose_execution`) looks at the device and the
+batch size only, so that the same run always takes the same path. On a CPU at one thread, vectorising pays
+for small batches alone: `benchmarks/engine.py` measures it.
+
+An update is in gradient units: the local displacement divided by the local learning rate. With one local
+step it is the gradient of the batch itself, so that a noise level means the same for FedSGD and FedAvg.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from fedsim.learning import batch_norm
+from fedsim.learning.batches import ImageStore, Indices
+from fedsim.learning.models import Model
+
+Execution = Literal["loop", "vectorized"]
+VECTORIZED_BATCH = 8
+"""Largest local batch at which vectorising over clients wins on a CPU."""
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What K clients computed.
+
+    Attributes:
+        updates: Shape [K, d], in gradient units.
+        losses: Mean loss over a client's local steps, shape [K].
+        statistics: Batch-norm statistics of the last step, shape [K, b].
+    """
+
+    updates: Tensor
+    losses: Tensor
+    statistics: Tensor
+
+
+class LocalTrainer(Protocol):
+    """Trains the clients of a chunk from the same weights."""
+
+    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        """Train K clients from `weights` [d]; `schedules[k]` lists the batches of client k."""
+        ...
+
+
+def choose_execution(device: torch.device, batch_size: int) -> Execution:
+    """Return the faster execution for this device and local batch size."""
+    return "vectorized" if device.type == "cuda" or batch_size <= VECTORIZED_BATCH else "loop"
+
+
+def build_trainer(
+    model: Model, data: ImageStore, learning_rate: float, execution: Execution
+) -> LocalTrainer:
+    """Return the trainer of the wanted execution."""
+    kind = LoopTrainer if execution == "loop" else VectorizedTrainer
+    return kind(model, data, learning_rate)
+
+
+class LoopTrainer:
+    """One client after the other, on a private copy of the module whose parameters are views of one vector."""
+
+    def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
+        """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
+        self.module = copy.deepcopy(model.module).train()
+        self.data, self.learning_rate = data, learning_rate
+        device = data.images.device
+        self.weights = torch.zeros(model.layout.dimension, device=device)
+        self.gradient = torch.zeros_like(self.weights)
+        views = zip(
+            self.module.parameters(),
+            model.layout.views(self.weights).values(),
+            model.layout.views(self.gradient).values(),
+            strict=True,
+        )
+        for parameter, value, gradient in views:
+            parameter.data, parameter.grad = value, gradient
+
+    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        """See `LocalTrainer.train`."""
+        updates = weights.new_empty(len(schedules), len(weights))
+        losses, statistics = [], []
+        for row, batches in zip(updates, schedules, strict=True):
+            losses.append(self._train_client(weights, batches, row))
+            statistics.append(batch_norm.collect_statistics(self.module, weights).detach())
+        return LocalResult(updates, torch.stack(losses), torch.stack(statistics))
+
+    def _train_client(self, weights: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
+        self.weights.copy_(weights)
+        total = weights.new_zeros(())
+        for batch in batches:
+            images, labels = self.data.take(batch)
+            self.gradient.zero_()
+            loss = F.cross_entropy(self.module(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            if len(batches) > 1:
+                self.weights.add_(self.gradient, alpha=-self.learning_rate)
+        if len(batches) > 1:
+            torch.sub(weights, self.weights, out=update).div_(self.learning_rate)
+        else:
+            update.copy_(self.gradient)
+        return total / len(batches)
+
+
+class VectorizedTrainer:
+    """All clients of a chunk as one batched computation; clients with unequal batches are trained one by one."""
+
+    def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
+        """Prepare the batched gradient; `learning_rate` is the clients'."""
+        self.data, self.learning_rate = data, learning_rate
+        model.module.train()
+
+        def loss(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            logits, statistics = model.logits_and_statistics(weights, images)
+            value = F.cross_entropy(logits, labels)
+            return value, (value.detach(), statistics.detach())
+
+        self._step = vmap(grad(loss, has_aux=True), in_dims=(0, 0, 0))
+        self._first_step = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0))
+
+    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        """See `LocalTrainer.train`."""
+        if len({tuple(map(len, batches)) for batches in schedules}) == 1:
+            return self._train_equal(weights, schedules)
+        parts = [self._train_equal(weights, [batches]) for batches in schedules]
+        return LocalResult(
+            torch.cat([part.updates for part in parts]),
+            torch.cat([part.losses for part in parts]),
+            torch.cat([part.statistics for part in parts]),
+        )
+
+    def _train_equal(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        steps = [self.data.take(np.stack(batches)) for batches in zip(*schedules, strict=True)]
+        updates, (total, statistics) = self._first_step(weights, *steps[0])
+        for images, labels in steps[1:]:
+            current = weights - self.learning_rate * updates
+            gradients, (loss, statistics) = self._step(current, images, labels)
+            updates = updates + gradients
+            total = total + loss
+        return LocalResult(updates, total / len(steps), statistics)

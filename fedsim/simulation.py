@@ -1,0 +1,307 @@
+"""One simulation: a federation trains under a defense, and attacks audit what its clients send.
+
+The loop is `_Run.train`; start reading there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsim.config import ExperimentConfig
+from fedsim.data.datasets import Dataset, load_dataset, mean_image, root_set
+from fedsim.data.partitions import partition
+from fedsim.defenses.none import NoDefenseConfig
+from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
+from fedsim.engine.chunks import AttackJob
+from fedsim.engine.federation import Federation, Overhead, measure_overhead
+from fedsim.engine.runtime import Runtime
+from fedsim.engine.session import SessionSpec
+from fedsim.learning.batches import ImageStore
+from fedsim.privacy import audit
+from fedsim.privacy.observation import Payload, Victim
+from fedsim.progress import Reporter
+from fedsim.results import AuditResult, RunFolder, SimulationResult, summarize
+from fedsim.tracking import TrackedRun, Tracker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a simulation needs before any process starts; making it checks the whole input.
+
+    Attributes:
+        dataset: The images.
+        spec: The session that workers and server will open.
+        victims: The victims of each audited round.
+    """
+
+    dataset: Dataset
+    spec: SessionSpec
+    victims: dict[int, tuple[Victim, ...]]
+
+
+def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
+    """Split the data, build the model once and draw the victims.
+
+    Raises:
+        ConfigError: If the data cannot be split so, the model does not fit or no client has enough images.
+    """
+    federation = config.federation
+    root, rest = root_set(dataset, federation.root_per_class, config.seed)
+    parts = partition(dataset.train_labels, rest, federation.clients, config.data.partition, config.seed)
+    spec = SessionSpec(config, parts, root)
+    spec.build_model(dataset)
+    rounds = config.audit.rounds if config.attacks else ()
+    if config.audit.payload == "probe":
+        victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
+    else:
+        victims = {round_: _training_victims(spec, round_) for round_ in rounds}
+    return Prepared(dataset, spec, victims)
+
+
+def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
+    """Return the first clients of the round's cohort, with the batches that they train on."""
+    cohort = spec.cohort(round_)[: spec.config.audit.victims]
+    batches = {client: spec.schedule(round_, client)[0] for client in cohort}
+    size = max(map(len, batches.values()))
+    return tuple(Victim(c, batch, stream=c) for c, batch in batches.items() if len(batch) == size)
+
+
+class Simulation:
+    """One experiment, run on Ray.
+
+    A simulation given no runtime starts a private one and stops it; several can share one.
+
+        result = Simulation(ExperimentConfig(defense={"name": "gc", "prune": 0.7})).run()
+        result.accuracy, result.rounds, result.images
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        *,
+        output: Path | str | None = None,
+        data_dir: Path | None = None,
+        dataset: Dataset | None = None,
+        runtime: Runtime | None = None,
+        address: str | None = None,
+        tracker: Tracker | None = None,
+        parent: TrackedRun | None = None,
+        tags: Mapping[str, str] | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """Load the data and check that the experiment can run; nothing is started yet.
+
+        Args:
+            config: The experiment.
+            output: Folder for its files; None keeps everything in memory.
+            data_dir: Where data sets lie, in torchvision's layout.
+            dataset: The data, when the caller has loaded it already.
+            runtime: Ray runtime to run on.
+            address: Ray cluster for a runtime of its own; None: this machine.
+            tracker: MLflow store to log to; None logs nothing.
+            parent: MLflow run that this one is a child of.
+            tags: More tags for the MLflow run.
+            reporter: Told about progress.
+
+        Raises:
+            ConfigError: If anything in the input is wrong.
+        """
+        self.config, self.runtime, self.address = config, runtime, address
+        self.folder = RunFolder(Path(output)) if output is not None else None
+        self.tracker, self.parent, self.tags = tracker, parent, dict(tags or {})
+        self.reporter = reporter or Reporter()
+        self.prepared = prepare(config, dataset or load_dataset(config.data, data_dir))
+
+    def check_output(self, resume: bool) -> None:
+        """See that the output folder is free for this experiment; ConfigError says why not."""
+        if self.folder:
+            self.folder.check(self.config, resume)
+
+    def run(self, resume: bool = False) -> SimulationResult:
+        """Run to the end, or go on from the newest checkpoint; a finished run is only read back.
+
+        Raises:
+            ConfigError: If the output folder holds something else, or this run and `resume` is false.
+            RunError: If it fails while running; checkpoints and audits done so far are kept.
+        """
+        self.check_output(resume)
+        if self.folder and self.folder.finished() is not None:
+            return self.folder.load_result()
+        if self.runtime:
+            return self._run_tracked(self.runtime)
+        with Runtime(self.config.runtime, self.address) as runtime:
+            return self._run_tracked(runtime)
+
+    def _run_tracked(self, runtime: Runtime) -> SimulationResult:
+        if self.folder:
+            self.folder.claim(self.config)
+        tracked = self._start_tracking()
+        try:
+            result = _Run(self, runtime, tracked).train()
+        except BaseException as error:
+            if tracked:
+                tracked.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        if tracked:
+            tracked.result(result, self.folder)
+            tracked.finish()
+        return result
+
+    def _start_tracking(self) -> TrackedRun | None:
+        if not self.tracker:
+            return None
+        place = str(self.folder.path.resolve()) if self.folder else "memory"
+        identity = f"{self.config.fingerprint()[:16]}@{place}"
+        tags = {"fedsim.kind": "run", "fedsim.name": self.config.name, **self.tags, "fedsim.id": identity}
+        tracked = self.tracker.start(self.config.name, tags, self.parent)
+        tracked.params(self.config.to_dict())
+        tracked.dataset(self.prepared.dataset, self.config.data.name)
+        return tracked
+
+
+class _Run:
+    """One pass through a simulation, from its start or its newest checkpoint."""
+
+    def __init__(self, simulation: Simulation, runtime: Runtime, tracked: TrackedRun | None) -> None:
+        self.config, self.folder = simulation.config, simulation.folder
+        self.dataset, self.spec = simulation.prepared.dataset, simulation.prepared.spec
+        self.victims = simulation.prepared.victims
+        self.runtime, self.tracked, self.reporter = runtime, tracked, simulation.reporter
+        self.checkpoints = (
+            CheckpointFolder(self.folder.checkpoints, self.config.fingerprint()) if self.folder else None
+        )
+        checkpoint = self.checkpoints.latest() if self.checkpoints else None
+        self.history: list[dict[str, Any]] = checkpoint.history if checkpoint else []
+        self.federation = Federation(
+            self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None
+        )
+        self.audits: list[AuditResult] = []
+
+    def train(self) -> SimulationResult:
+        """Train, evaluate and audit; return the result."""
+        rounds = self.config.federation.rounds
+        self.reporter.begin(self.config.name, rounds, done=len(self.history))
+        try:
+            self._reload_audits()
+            for round_ in range(len(self.history), rounds):
+                self.audit_round(round_)
+                record = asdict(self.federation.run_round(round_))
+                if self._due(round_, self.config.federation.evaluate_every):
+                    record["ACC"], record["test_loss"] = self.federation.evaluate()
+                self._note(record)
+                if self._due(round_, self.config.checkpoint_every):
+                    self._checkpoint()
+            self.audit_round(rounds)
+            return self._finish(self._overhead())
+        finally:
+            self.federation.close()
+
+    def audit_round(self, round_: int) -> None:
+        """Attack the victims of a round, if it is one to be audited, before it changes the weights."""
+        victims = self.victims.get(round_)
+        if not victims:
+            return
+        payload = self.federation.probe(round_, victims)
+        truth = audit.GroundTruth.of(self._images(), victims)
+        for number, attack in enumerate(self.config.attacks):
+            for adversary in self.config.audit.adversaries:
+                if not self._audited(attack.title, adversary, round_):
+                    self._attack(number, adversary, round_, payload, victims, truth)
+
+    def _attack(
+        self,
+        number: int,
+        adversary: str,
+        round_: int,
+        payload: Payload,
+        victims: tuple[Victim, ...],
+        truth: audit.GroundTruth,
+    ) -> None:
+        settings = self.config.attacks[number]
+        job = AttackJob(
+            attack=number,
+            batch_size=truth.labels.shape[1],
+            labels=truth.labels.numpy() if settings.knows_labels else None,
+            seeds=audit.attack_seeds(self.config, round_, len(victims)),
+        )
+        found = self.federation.attack(payload, job)
+        result = AuditResult(
+            attack=settings.title,
+            adversary=adversary,
+            round=round_,
+            rows=audit.score(truth, found, victims, settings.title, adversary, round_),
+            originals=audit.as_bytes(truth.images),
+            reconstructions=audit.as_bytes(found.images),
+        )
+        self.audits.append(result)
+        if self.folder:
+            self.folder.save_audit(result)
+        self.reporter.note(f"{self.config.name}: {result.describe()}")
+
+    def _audited(self, attack: str, adversary: str, round_: int) -> bool:
+        return any((a.attack, a.adversary, a.round) == (attack, adversary, round_) for a in self.audits)
+
+    def _reload_audits(self) -> None:
+        if not self.folder:
+            return
+        for round_ in self.victims:
+            for attack in self.config.attacks:
+                for adversary in self.config.audit.adversaries:
+                    found = self.folder.load_audit(attack.title, adversary, round_)
+                    if found:
+                        self.audits.append(found)
+
+    def _images(self) -> ImageStore:
+        return ImageStore.of(self.dataset.train_images, self.dataset.train_labels, "cpu")
+
+    def _due(self, round_: int, every: int) -> bool:
+        done = round_ + 1
+        return done % every == 0 or done == self.config.federation.rounds
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        self.reporter.round(record)
+        if record["rejected"]:
+            clients = ", ".join(map(str, record["rejected"]))
+            self.reporter.note(f"{self.config.name}: round {record['round']}: not finite, left out: client {clients}")
+        if self.tracked:
+            self.tracked.round(record)
+
+    def _checkpoint(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(Checkpoint(len(self.history), self.federation.state(), self.history))
+
+    def _overhead(self) -> Overhead | None:
+        pairs = self.config.overhead_pairs
+        if not pairs or isinstance(self.config.defense, NoDefenseConfig):
+            return None
+        bare = self.config.model_copy(update={"defense": NoDefenseConfig()})
+        plain_spec = SessionSpec(bare, self.spec.partition, self.spec.root)
+        plain = Federation(plain_spec, self.dataset, self.runtime)
+        defended = Federation(self.spec, self.dataset, self.runtime)
+        try:
+            return measure_overhead(plain, defended, self.config.federation.rounds + 1, pairs)
+        finally:
+            plain.close()
+            defended.close()
+
+    def _finish(self, overhead: Overhead | None) -> SimulationResult:
+        floors = {}
+        if self.victims:
+            mean = mean_image(self.dataset)
+            victims = [victim for round_ in self.victims.values() for victim in round_]
+            truth = audit.GroundTruth.of(self._images(), victims)
+            floors = audit.floor_scores(truth, mean, self.config.seed)
+        result = summarize(
+            self.config,
+            self.history,
+            self.audits,
+            self.federation.weights(),
+            floors,
+            overhead,
+            self.federation.faults,
+        )
+        if self.folder:
+            self.folder.save_result(result)
+        return result

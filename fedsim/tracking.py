@@ -1,0 +1,188 @@
+"""MLflow, written through one client: a run a simulation, one batch of metrics at a time."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim.data.datasets import Dataset
+from fedsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsim.results import RunFolder, SimulationResult
+
+PARAM_LIMIT = 6000
+METRICS_PER_BATCH = 900
+
+
+def resolve_uri(uri: str, root: Path) -> str:
+    """Return the tracking URI that `uri` stands for; `auto` is SQLite in the output root."""
+    if uri != "auto":
+        return uri
+    root.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+class Tracker:
+    """Writes to one MLflow experiment; every process but the driver leaves MLflow alone."""
+
+    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
+        """Open the store at `uri`, creating the database and the experiment when they are not there.
+
+        Args:
+            uri: Tracking URI.
+            experiment: Name of the experiment.
+            artifacts: Folder of a new experiment's artifacts; None leaves it to the server.
+
+        Raises:
+            ConfigError: If the store cannot be reached.
+        """
+        self.uri = uri
+        # A wrong address should be told in seconds, not after MLflow's many minutes of retries.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        import logging
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        try:
+            self.client = MlflowClient(uri)
+            found = self.client.get_experiment_by_name(experiment)
+            location = artifacts.resolve().as_uri() if artifacts and uri.startswith("sqlite") else None
+            self.experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment, location)
+            )
+        except Exception as error:  # MLflow raises whatever its store's driver raises
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"tracking.uri: no MLflow store at {uri}: {reason}") from error
+
+    def start(
+        self, name: str, tags: Mapping[str, str], parent: "TrackedRun | None" = None
+    ) -> "TrackedRun":
+        """Start a run, or go on with an unfinished one that has the same identity.
+
+        The identity is the tag `fedsim.id`: a run found by it is continued, so that a resume makes no second.
+        """
+        existing = self.client.search_runs(
+            [self.experiment_id], f"tags.`fedsim.id` = '{tags['fedsim.id']}'", max_results=1
+        )
+        if existing:
+            run_id = existing[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+        else:
+            all_tags = {**tags, "mlflow.runName": name}
+            if parent:
+                all_tags["mlflow.parentRunId"] = parent.run_id
+            run_id = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
+        return TrackedRun(self, run_id)
+
+
+class TrackedRun:
+    """One MLflow run."""
+
+    def __init__(self, tracker: Tracker, run_id: str) -> None:
+        """Wrap the run `run_id`."""
+        self.client, self.run_id = tracker.client, run_id
+        self._buffer: list[tuple[str, float, int]] = []
+
+    def params(self, nested: Mapping[str, Any]) -> None:
+        """Log settings under their dotted paths; those already logged are left alone."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(self.run_id).data.params
+        flat = {name: str(value)[:PARAM_LIMIT] for name, value in flatten(nested).items()}
+        new = [Param(name, value) for name, value in flat.items() if name not in known]
+        for at in range(0, len(new), 100):
+            self.client.log_batch(self.run_id, params=new[at : at + 100])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Note a round's metrics; `flush` writes them."""
+        self._buffer += [(name, float(value), step) for name, value in values.items()]
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Log a round's record; they are written in one batch whenever the model was evaluated."""
+        names = {"ACC", "test_loss", "loss", "seconds", "upload_bytes", "clients"}
+        values = {name: record[name] for name in names if record.get(name) is not None}
+        self.metrics({**values, "rejected": len(record["rejected"])}, record["round"])
+        if "ACC" in record:
+            self.flush()
+
+    def result(self, result: "SimulationResult", folder: "RunFolder | None") -> None:
+        """Log the final figures, versions and hardware, and the files of the run."""
+        summary = result.summary
+        final = {"ACC": summary["ACC"], "ART": summary["ART"], "upload_bytes_mean": summary["upload_bytes"]}
+        for audit in result.audits:
+            prefix = "" if len(result.audits) == 1 else f"{audit.stem}."
+            final |= {f"{prefix}{metric}": audit.mean(metric) for metric in ("PSNR", "SSIM")}
+        if summary["overhead"]:
+            final["ART_overhead"] = summary["overhead"]["median"]
+        final |= {f"faults.{name}": count for name, count in summary["faults"].items()}
+        self.metrics(final, summary["rounds"])
+        facts = {f"version.{k}": v for k, v in summary["versions"].items()}
+        facts |= {f"hardware.{k}": v for k, v in summary["hardware"].items()}
+        self.tags({**facts, "fedsim.model_sha256": summary["model_sha256"]})
+        if folder:
+            for name in ("config.yaml", "result.json", "rounds.csv"):
+                self.artifact(folder.path / name)
+            if folder.reconstructions.exists():
+                self.artifact(folder.reconstructions, "reconstructions")
+
+    def flush(self) -> None:
+        """Write the noted metrics in batches."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        rows = [Metric(name, value, now, step) for name, value, step in self._buffer]
+        for at in range(0, len(rows), METRICS_PER_BATCH):
+            self.client.log_batch(self.run_id, metrics=rows[at : at + METRICS_PER_BATCH])
+        self._buffer.clear()
+
+    def dataset(self, dataset: Dataset, source: str) -> None:
+        """Log which data set the run used, by name, digest and size."""
+        from mlflow.entities import Dataset as DatasetEntity
+        from mlflow.entities import DatasetInput, InputTag
+
+        entity = DatasetEntity(
+            name=dataset.name,
+            digest=dataset.fingerprint[:36],
+            source_type="local",
+            source=source,
+            profile=f'{{"train": {len(dataset.train_labels)}, "test": {len(dataset.test_labels)}}}',
+        )
+        tag = InputTag("mlflow.data.context", "training")
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, [tag])])
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file, or all files of a folder."""
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Write what is noted and end the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        self.client.set_terminated(self.run_id, status)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested settings into dotted names; lists of settings get their index as a name."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
