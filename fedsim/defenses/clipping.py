@@ -34,5 +34,5 @@ def clip_slices_(rows: Tensor, slices: Sequence[slice], selected: Tensor, norm: 
 
 
 def _factor(rows: Tensor, norm: float) -> Tensor:
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return norm / length.clamp(min=norm)

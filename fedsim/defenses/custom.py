@@ -36,9 +36,7 @@ class CustomDefenseConfig(DefenseSettings):
             raise ConfigError(f"defense.options: {self.factory} does not take them: {error}") from None
         defense = factory(**self.options)
         if not isinstance(defense, Defense):
-            raise ConfigError(
-                f"defense.factory: {self.factory} returned {type(defense).__name__}, not a Defense"
-            )
+            raise ConfigError(f"defense.factory: {self.factory} returned {type(defense).__name__}, not a Defense")
         return defense
 
     def needs_one_local_step(self) -> bool:

@@ -102,4 +102,5 @@ def _without_bulk(matrix: Tensor, moment: Tensor, noise_std: float, ratio: float
     low, high = ((noise_std * (1 + sign / math.sqrt(ratio))) ** 2 for sign in (-1, 1))
     values, vectors = torch.linalg.eigh(moment)
     kept = (values <= low) | (values >= high)
-    return matrix @ ((vectors * kept) @ vectors.T)
+    projector: Tensor = (vectors * kept) @ vectors.T
+    return matrix @ projector

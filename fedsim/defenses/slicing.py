@@ -40,7 +40,7 @@ def equal_risk_bounds(risk: Floats, sizes: Sequence[int], slices: int) -> Intege
         risk = np.asarray(sizes, dtype=np.float64)
     cumulative = np.concatenate([[0.0], np.cumsum(risk)])
     targets = cumulative[-1] * np.arange(slices + 1) / slices
-    bounds = np.rint(np.interp(targets, cumulative, offsets)).astype(np.int64)
+    bounds: Integers = np.rint(np.interp(targets, cumulative, offsets)).astype(np.int64)
     bounds[0], bounds[-1] = 0, offsets[-1]
     return bounds
 

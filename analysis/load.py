@@ -1,0 +1,302 @@
+"""Read one comparison back from MLflow, which is all that tables, figures and the report ever see."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from analysis.names import BASELINE, is_muted, ordered_columns, ordered_datasets
+from fedsim.errors import ConfigError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+NAIVE = "naive"
+"""The adversary of the slides' tables: it does not know that there is a defense."""
+
+KEY = ["table", "dataset", "defense", "seed"]
+IMAGE_COLUMNS = ["attack", "adversary", "round", "victim", "client", "image", "PSNR", "SSIM", "capped", "loss"]
+IMAGE_COLUMNS += ["iterations", "stalled", "exhausted", "seconds"]
+
+
+class CellKey(NamedTuple):
+    """Which cell of a comparison: one training run under one defense, audited by the attack of one table."""
+
+    table: str
+    dataset: str
+    defense: str
+    seed: int
+
+    def __str__(self) -> str:
+        """Return the key as a file name."""
+        return f"{self.table}-{self.dataset}-{self.defense}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What MLflow holds of a comparison.
+
+    Attributes:
+        name: The comparison's name.
+        run_id: Its MLflow run, the parent of its cells.
+        tracking_uri: The store that it was read from.
+        started: When it was started.
+        config: Its resolved configuration, as YAML text; empty when none was logged.
+        cells: One row a finished cell: `KEY`, `run_id`, `artifacts` (their address), `test_images` (size of the
+            test set), ACC (0–1), ART (s), rounds, `upload_bytes`, and the ART overhead over no defense
+            (`overhead` and its quartiles `overhead_low`, `overhead_high`; fractions), `overhead_pairs`.
+        images: One row a reconstructed image: `KEY`, `IMAGE_COLUMNS`, `column` (that of the tables which it counts
+            in; empty when it counts in none) and `position` in the arrays of its `.npz`.
+        rounds: One row a round of a cell: `KEY` and the columns of `rounds.csv`.
+        floors: One row a cell and guess that knows nothing: `KEY`, `guess`, PSNR, SSIM.
+        results: `result.json` of each cell.
+        configs: `config.yaml` of each cell, as text.
+        unreadable: Finished runs that could not be read, each with the reason.
+    """
+
+    name: str
+    run_id: str
+    tracking_uri: str
+    started: datetime
+    config: str
+    cells: pd.DataFrame
+    images: pd.DataFrame
+    rounds: pd.DataFrame
+    floors: pd.DataFrame
+    results: dict[CellKey, dict[str, Any]]
+    configs: dict[CellKey, str]
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> list[tuple[str, str]]:
+        """Pairs of table and data set that have at least one cell, in the slides' order."""
+        tables = sorted(self.cells["table"].unique())
+        return [(t, d) for t in tables for d in ordered_datasets(self.part(self.cells, t)["dataset"])]
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the tables that have at least one cell, in the slides' order, no defense included."""
+        return ordered_columns({*self.cells["defense"], *self.images["column"]} - {""})
+
+    @property
+    def missing(self) -> list[CellKey]:
+        """Cells that the comparison's configuration plans and that have not finished."""
+        planned = parsed(self.config)
+        axes = [planned.get(name) or [] for name in ("tables", "datasets", "defenses", "seeds")]
+        return [key for names in product(*axes) if (key := CellKey(*names)) not in self.results]
+
+    @staticmethod
+    def part(frame: pd.DataFrame, table: str, dataset: str | None = None) -> pd.DataFrame:
+        """Return the rows of one table, or of one data set in it."""
+        rows = frame[frame["table"] == table]
+        return rows if dataset is None else rows[rows["dataset"] == dataset]
+
+    def reconstructions(
+        self, key: CellKey, attack: str, adversary: str, round_index: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return originals and reconstructions, uint8 [N·B, C, H, W] each, in audit order; None if not logged."""
+        folder = str(self.cells.set_index(KEY).loc[tuple(key), "artifacts"])
+        name = f"reconstructions/{attack}-{adversary}-r{round_index}.npz"
+        path = _artifact(self.tracking_uri, folder, name)
+        if path is None:
+            return None
+        with np.load(path) as arrays:
+            pair = (arrays["originals"], arrays["reconstructions"])
+        originals, found = (images.reshape(-1, *images.shape[2:]) for images in pair)
+        return originals, found
+
+
+def load_comparison(tracking_uri: str, name: str) -> Comparison:
+    """Read the newest comparison of that name, or the one whose parent run has that id.
+
+    Raises:
+        ConfigError: If the store cannot be read, or holds no such comparison (the names that it holds are listed).
+    """
+    client = _connect(tracking_uri)
+    parent = _find_parent(client, tracking_uri, name)
+    runs = _children(client, parent)
+    loaded: dict[CellKey, dict[str, Any]] = {}
+    unreadable = []
+    for run in runs:
+        try:
+            key, cell = _read_cell(tracking_uri, run)
+        except (OSError, ValueError, KeyError) as error:
+            unreadable.append(f"run {run.info.run_id}: {type(error).__name__}: {error}")
+        else:
+            loaded[key] = cell
+    if not loaded:
+        reason = f" ({unreadable[0]})" if unreadable else ""
+        raise ConfigError(f"comparison {name!r} has no finished cell yet{reason}")
+    config = _artifact(tracking_uri, parent.info.artifact_uri, "comparison.yaml")
+    return Comparison(
+        name=parent.data.tags.get("fedsim.name", parent.info.run_name),
+        run_id=parent.info.run_id,
+        tracking_uri=tracking_uri,
+        started=datetime.fromtimestamp(parent.info.start_time / 1000, UTC),
+        config=config.read_text(encoding="utf-8") if config else "",
+        **_frames(loaded),
+        results={key: cell["result"] for key, cell in loaded.items()},
+        configs={key: cell["config"] for key, cell in loaded.items()},
+        unreadable=tuple(unreadable),
+    )
+
+
+def _connect(tracking_uri: str) -> Any:
+    # Creating a client on a missing SQLite file would leave an empty database behind.
+    path = Path(tracking_uri.split(":///", 1)[1].split("?")[0]) if tracking_uri.startswith("sqlite") else None
+    if path is not None and not path.exists():
+        raise ConfigError(f"there is no tracking database at {path}")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri)
+
+
+def _find_parent(client: Any, tracking_uri: str, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = list(_search(client, experiments, "tags.`fedsim.kind` = 'comparison'"))
+    except MlflowException as error:
+        raise ConfigError(f"cannot read the tracking store at {tracking_uri}: {error}") from error
+    for run in runs:
+        if name in (run.info.run_id, run.data.tags.get("fedsim.name")):
+            return run
+    names = sorted({run.data.tags.get("fedsim.name", run.info.run_id) for run in runs})
+    known = f"it holds: {', '.join(names)}" if names else "it holds none"
+    raise ConfigError(f"no comparison named {name!r} in {tracking_uri}; {known}")
+
+
+def _children(client: Any, parent: Any) -> list[Any]:
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
+    runs = _search(client, [parent.info.experiment_id], query)
+    # Oldest first, so that a cell that was run again replaces its former result.
+    return [run for run in reversed(list(runs)) if run.data.tags.get("fedsim.kind") == "cell"]
+
+
+def _search(client: Any, experiments: list[str], query: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _artifact(tracking_uri: str, folder: str, name: str) -> Path | None:
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # By the artifact's own address: by its run's id, MLflow asks the database four times for each file.
+        path = Path(download_artifacts(artifact_uri=f"{folder}/{name}", tracking_uri=tracking_uri))
+    except (OSError, MlflowException):
+        return None
+    return path if path.exists() else None
+
+
+def _read_cell(tracking_uri: str, run: Any) -> tuple[CellKey, dict[str, Any]]:
+    tags = run.data.tags
+    key = CellKey(tags["fedsim.table"], tags["fedsim.dataset"], tags["fedsim.defense"], int(tags["fedsim.seed"]))
+    paths = {
+        name: _artifact(tracking_uri, run.info.artifact_uri, name)
+        for name in ("result.json", "rounds.csv", "config.yaml")
+    }
+    if paths["result.json"] is None:
+        raise FileNotFoundError(f"{key} has no result.json")
+    result = json.loads(paths["result.json"].read_text(encoding="utf-8"))
+    float(result["ACC"])
+    return key, {
+        "run_id": run.info.run_id,
+        "artifacts": run.info.artifact_uri,
+        "test_images": _test_images(run),
+        "result": result,
+        "rounds": pd.read_csv(paths["rounds.csv"]) if paths["rounds.csv"] else pd.DataFrame(),
+        "config": paths["config.yaml"].read_text(encoding="utf-8") if paths["config.yaml"] else "",
+    }
+
+
+def _test_images(run: Any) -> int | None:
+    """Return the size of the test set, which the tracker notes in the profile of the run's data set."""
+    for used in run.inputs.dataset_inputs if run.inputs else ():
+        profile = json.loads(used.dataset.profile or "{}")
+        if "test" in profile:
+            return int(profile["test"])
+    return None
+
+
+def _frames(loaded: dict[CellKey, dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    return {
+        "cells": pd.DataFrame([_cell_row(key, cell) for key, cell in sorted(loaded.items())]),
+        "images": _images(loaded),
+        "rounds": pd.concat([_keyed(key, cell["rounds"]) for key, cell in sorted(loaded.items())]),
+        "floors": pd.DataFrame(
+            [
+                {**key._asdict(), "guess": guess, **values}
+                for key, cell in sorted(loaded.items())
+                for guess, values in (cell["result"].get("floors") or {}).items()
+            ],
+            columns=[*KEY, "guess", "PSNR", "SSIM"],
+        ),
+    }
+
+
+def _cell_row(key: CellKey, cell: dict[str, Any]) -> dict[str, Any]:
+    result = cell["result"]
+    overhead = result.get("overhead") or {}
+    plain = {name: result.get(name) for name in ("ACC", "ART", "rounds", "upload_bytes")}
+    spread = {f"overhead_{end}": overhead.get(end, np.nan) for end in ("low", "high", "pairs")}
+    return {
+        **key._asdict(),
+        "run_id": cell["run_id"],
+        "artifacts": cell["artifacts"],
+        "test_images": cell["test_images"],
+        **plain,
+        "overhead": overhead.get("median", np.nan),
+        **spread,
+    }
+
+
+def _images(loaded: dict[CellKey, dict[str, Any]]) -> pd.DataFrame:
+    frames = []
+    for key, cell in sorted(loaded.items()):
+        frame = pd.DataFrame(cell["result"].get("audits") or [], columns=IMAGE_COLUMNS)
+        frame["column"] = _table_column(key, frame)
+        frame["position"] = frame.groupby(["attack", "adversary", "round"]).cumcount()
+        frames.append(_keyed(key, frame))
+    images = pd.concat(frames, ignore_index=True)
+    images[["PSNR", "SSIM"]] = images[["PSNR", "SSIM"]].astype(float)
+    flags = ["capped", "stalled", "exhausted"]
+    images[flags] = images[flags].fillna(False).astype(bool)
+    return images
+
+
+def _table_column(key: CellKey, audits: pd.DataFrame) -> pd.Series:
+    """Return the column of the tables in which each audit counts: its defense's, or that of a muted attack.
+
+    The cell's own attack is the first that it lists; others, and other adversaries than the naive one, stand in
+    `images.csv` and the report's list of all audits only.
+    """
+    labels = audits["attack"].astype(str)
+    own = next((label for label in labels if not is_muted(label)), "")
+    column = labels.where(labels.map(is_muted).astype(bool) & (key.defense != BASELINE), "")
+    column = column.mask(labels == own, key.defense)
+    return column.where(audits["adversary"] == NAIVE, "")
+
+
+def _keyed(key: CellKey, frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame([key._asdict()] * len(frame), columns=KEY), frame], axis=1)
+
+
+def parsed(config: str) -> dict[str, Any]:
+    """Return a YAML configuration as a mapping; empty when there is none."""
+    return yaml.safe_load(config) or {}

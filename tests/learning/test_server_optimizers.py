@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from fedsim.learning.server_optimizers import AdamConfig, ServerOptimizer, SgdConfig, YogiConfig
+
+CONFIGS = [SgdConfig(), SgdConfig(learning_rate=0.5, momentum=0.9), AdamConfig(), YogiConfig()]
+
+
+def gradients(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(7, generator=generator) for _ in range(count)]
+
+
+def test_plain_sgd_is_federated_averaging() -> None:
+    optimizer = ServerOptimizer(SgdConfig(), torch.ones(7))
+    step = gradients(1)[0]
+    assert torch.allclose(optimizer.step(step), 1 - step)
+
+
+def test_momentum_accumulates() -> None:
+    optimizer = ServerOptimizer(SgdConfig(momentum=0.5), torch.zeros(1))
+    optimizer.step(torch.ones(1))
+    assert optimizer.step(torch.ones(1)).item() == pytest.approx(-(1 + 1.5))
+
+
+def test_yogi_follows_reddi_et_al() -> None:
+    config = YogiConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=0.01)
+    optimizer = ServerOptimizer(config, torch.zeros(7))
+    weights, first, second = [0.0] * 7, [0.0] * 7, [0.01**2] * 7
+    for gradient in gradients(4):
+        moved = optimizer.step(gradient)
+        for i, g in enumerate(gradient.tolist()):
+            first[i] = 0.8 * first[i] + 0.2 * g
+            sign = (second[i] > g * g) - (second[i] < g * g)
+            second[i] -= 0.1 * g * g * sign
+            weights[i] -= 0.1 * first[i] / (second[i] ** 0.5 + 0.01)
+    assert moved.tolist() == pytest.approx(weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{getattr(c, 'momentum', '')}")
+def test_a_restored_optimizer_goes_on_to_the_bit(config: SgdConfig | AdamConfig | YogiConfig) -> None:
+    through = ServerOptimizer(config, torch.zeros(7))
+    for gradient in gradients(3):
+        through.step(gradient)
+    state = {name: tensor.clone() for name, tensor in through.state_dict().items()}
+    restored = ServerOptimizer(config, torch.zeros(7))
+    restored.load_state_dict(state)
+    for gradient in gradients(2):
+        assert torch.equal(through.step(gradient), restored.step(gradient))

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedsim.learning.batches import ImageStore, Indices, local_batches
+from fedsim.learning.models import LeNetConfig, Model, build_model
+from fedsim.learning.training import LoopTrainer, VectorizedTrainer, choose_execution
+
+RATE = 0.1
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return build_model(LeNetConfig(init="uniform"), (1, 28, 28), 10, seed=0)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageStore:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
+    return ImageStore.of(images, rng.integers(0, 10, 60), "cpu")
+
+
+def plain_update(model: Model, data: ImageStore, weights: torch.Tensor, batches: list[Indices]) -> torch.Tensor:
+    """Independent reference: an optimiser on a plain module, displacement over the learning rate."""
+    module = build_model(LeNetConfig(init="uniform"), (1, 28, 28), 10, seed=0).module
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
+    for batch in batches:
+        optimizer.zero_grad()
+        images = data.images[torch.from_numpy(batch)].float() / 255
+        F.cross_entropy(module(images), data.labels[torch.from_numpy(batch)]).backward()
+        optimizer.step()
+    end = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    return (weights - end) / RATE
+
+
+@pytest.mark.parametrize("trainer", [LoopTrainer, VectorizedTrainer])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_updates_are_those_of_plain_sgd(trainer: type, steps: int, model: Model, data: ImageStore) -> None:
+    weights = model.initial_weights()
+    rng = np.random.default_rng(1)
+    schedules = [[rng.choice(60, 8, replace=False) for _ in range(steps)] for _ in range(4)]
+    result = trainer(model, data, RATE).train(weights, schedules)
+    for row, batches in zip(result.updates, schedules, strict=True):
+        assert torch.allclose(row, plain_update(model, data, weights, batches), atol=2e-5)
+
+
+@pytest.mark.parametrize("trainer", [LoopTrainer, VectorizedTrainer])
+def test_clients_with_unequal_batches(trainer: type, model: Model, data: ImageStore) -> None:
+    weights = model.initial_weights()
+    schedules = [[np.arange(3)], [np.arange(5, 12)], [np.arange(3)]]
+    result = trainer(model, data, RATE).train(weights, schedules)
+    assert torch.allclose(result.updates[0], result.updates[2], atol=1e-6)
+    assert torch.allclose(result.updates[1], plain_update(model, data, weights, schedules[1]), atol=2e-5)
+
+
+def test_one_local_step_is_the_gradient_itself(model: Model, data: ImageStore) -> None:
+    weights = model.initial_weights().requires_grad_()
+    images, labels = data.take(np.arange(6))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model.logits(weights, images), labels), weights)
+    result = LoopTrainer(model, data, RATE).train(weights.detach(), [[np.arange(6)]])
+    assert torch.allclose(result.updates[0], gradient, atol=1e-6)
+
+
+def test_the_loop_gives_a_client_the_same_bits_whoever_is_beside_it(model: Model, data: ImageStore) -> None:
+    weights = model.initial_weights()
+    schedules = [[np.arange(8)], [np.arange(8, 16)]]
+    both = LoopTrainer(model, data, RATE).train(weights, schedules).updates
+    alone = LoopTrainer(model, data, RATE).train(weights, schedules[1:]).updates
+    assert torch.equal(both[1], alone[0])
+
+
+def test_execution_depends_on_device_and_batch_only() -> None:
+    assert choose_execution(torch.device("cpu"), 32) == "loop"
+    assert choose_execution(torch.device("cpu"), 1) == "vectorized"
+    assert choose_execution(torch.device("cuda"), 32) == "vectorized"
+
+
+def test_epochs_visit_every_image_once_each() -> None:
+    batches = local_batches(np.arange(10, 20), np.random.default_rng(0), 4, None, 2)
+    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
+    assert sorted(np.concatenate(batches[:3])) == list(range(10, 20))
+
+
+def test_steps_reshuffle_when_the_data_has_run_out() -> None:
+    batches = local_batches(np.arange(5), np.random.default_rng(0), 2, 7, 1)
+    assert [len(b) for b in batches] == [2] * 7
+    assert all(len(set(b)) == 2 for b in batches)
+
+
+def test_a_client_with_few_images_uses_all() -> None:
+    (batch,) = local_batches(np.arange(3), np.random.default_rng(0), 32, 1, 1)
+    assert sorted(batch) == [0, 1, 2]
