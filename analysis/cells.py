@@ -10,11 +10,13 @@ NOTHING = "–"
 FLAG = "†"
 ROWS = {"PSNR": "PSNR dB", "SSIM": "SSIM", "ACC": "ACC %", "ART": "ART %"}
 
-LEGEND = (
-    "Ours ± 95 % interval (the slides’ figure in brackets). Bold: the best, and what cannot be told from it, if "
+BRACKETS = "Ours ± 95 % interval (the slides’ figure in brackets)."
+MARKS = (
+    "Bold: the best, and what cannot be told from it, if "
     "another is clearly worse by the intervals. A figure below the floor counts as the floor; a defense that an "
     "attacker can mute counts by the stronger attack. PSNR, SSIM and ART: lower is better; ACC: higher."
 )
+LEGEND = f"{BRACKETS} {MARKS}"
 INTERVALS = (
     "PSNR and SSIM: Student’s t over images, and over seeds (cluster-robust) where there are several, the wider "
     "of the two. ACC: t over seeds; with one seed Wilson’s interval over the test images, which leaves out the "

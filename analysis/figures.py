@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from analysis.cells import flag_counts
 from analysis.grids import reconstruction_grid
 from analysis.load import Comparison
-from analysis.names import GUESSES, dataset_title, look, ordered_columns, table_title
+from analysis.names import GUESSES, dataset_title, look, ordered_columns, table_name
 from analysis.statistics import Estimate
-from analysis.style import FAINT, INK, look_and_feel, name_rows, new_figure, save
+from analysis.style import FAINT, INK, css_width, look_and_feel, name_rows, new_figure, save
 from analysis.summary import Block, Column, blocks_of
 
 
@@ -27,12 +27,14 @@ class Picture:
         kind: `psnr`, `grid`, `accuracy` or `overhead`.
         table: Table that it belongs to.
         path: The PNG.
+        width: Natural width in CSS pixels.
         caption: What it shows, for readers and for those who cannot see it.
     """
 
     kind: str
     table: str
     path: Path
+    width: int
     caption: str
 
 
@@ -46,7 +48,9 @@ def draw_all(comparison: Comparison, blocks: list[Block], folder: Path) -> list[
                 figure = draw(comparison, mine)
                 if figure is not None:
                     path = save(figure, folder / f"{kind}_{table}.png")
-                    pictures.append(Picture(kind, table, path, f"{table_title(table)}. {caption}"))
+                    pictures.append(
+                        Picture(kind, table, path, css_width(figure), f"Table {table_name(table)}. {caption}")
+                    )
             pictures += [p for block in mine if (p := _grid_picture(comparison, block, folder))]
     return pictures
 
@@ -57,7 +61,7 @@ def _grid_picture(comparison: Comparison, block: Block, folder: Path) -> Picture
         return None
     figure, caption = drawn
     path = save(figure, folder / f"grid_{block.table}_{block.dataset}.png")
-    return Picture("grid", block.table, path, caption)
+    return Picture("grid", block.table, path, css_width(figure), caption)
 
 
 def psnr_dots(comparison: Comparison, blocks: list[Block]) -> Figure | None:
@@ -71,9 +75,8 @@ def psnr_dots(comparison: Comparison, blocks: list[Block]) -> Figure | None:
         _psnr_panel(axes, comparison, block, names)
     name_rows(panels, [look(name, names).long for name in names], [look(n, names).colour for n in names])
     panels[0].set_xlim(left=0)
-    _explain(
-        figure, "PSNR of the reconstruction in dB", "ring: the slides’ figure", "shaded: no better than guessing"
-    )
+    quantity = "PSNR of the reconstruction in dB"
+    _explain(figure, shown, "PSNR", quantity, "shaded: no better than guessing", "solid line: no defense")
     return figure
 
 
@@ -102,18 +105,13 @@ def _reference_lines(axes: Axes, block: Block) -> None:
         guess, floor = block.floors["PSNR"]
         axes.axvline(floor, color=INK, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
         axes.axvspan(0, floor, color="#eef4ee", zorder=0)
-        _line_label(axes, floor, 0.99, "top", f"floor: {GUESSES.get(guess, guess)}")
+        axes.annotate(
+            f"floor: {GUESSES.get(guess, guess)}", (floor, 0.99), xycoords=("data", "axes fraction"),
+            xytext=(3, 0), textcoords="offset points", rotation=90, fontsize=6.5, color=FAINT, va="top",
+        )  # fmt: skip
     ceiling = block.baseline.scores["PSNR"].estimate
     if ceiling is not None:
         axes.axvline(ceiling.value, color=look("none").colour, linewidth=1.1, zorder=1)
-        _line_label(axes, ceiling.value, 0.5, "center", "ceiling: no defense")
-
-
-def _line_label(axes: Axes, x: float, y: float, align: str, text: str) -> None:
-    axes.annotate(
-        text, (x, y), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-        rotation=90, fontsize=6.5, color=FAINT, va=align,
-    )  # fmt: skip
 
 
 def _interval_mark(axes: Axes, row: int, estimate: Estimate, colour: str) -> None:
@@ -174,9 +172,7 @@ def overhead_bars(comparison: Comparison, blocks: list[Block]) -> Figure | None:
     for axes, block in zip(panels, shown, strict=True):
         _overhead_panel(axes, block, names)
     name_rows(panels, [look(name, names).long for name in names], [look(n, names).colour for n in names])
-    _explain(
-        figure, "round time over no defense in %", "line: quartiles of paired rounds", "ring: the slides’ figure"
-    )
+    _explain(figure, shown, "ART", "round time over no defense in %", "line: quartiles of paired rounds")
     return figure
 
 
@@ -203,8 +199,10 @@ def _panels(blocks: list[Block], rows: int, share: bool = True) -> tuple[Figure,
     return figure, list(grid[0])
 
 
-def _explain(figure: Figure, quantity: str, *marks: str) -> None:
-    figure.supxlabel("   ·   ".join((quantity, *marks)), fontsize=8)
+def _explain(figure: Figure, blocks: list[Block], metric: str, quantity: str, *marks: str) -> None:
+    papers = [column.scores[metric].paper for block in blocks for column in block.every]
+    rings = () if all(paper is None for paper in papers) else ("ring: the slides’ figure",)
+    figure.supxlabel("   ·   ".join((quantity, *marks, *rings)), fontsize=8)
 
 
 def _columns(blocks: list[Block], keep: Callable[[Column], bool]) -> list[str]:

@@ -22,13 +22,13 @@ from analysis.names import (
 from analysis.style import FAINT, INK, new_figure
 from analysis.summary import Block
 
-MOST_VICTIMS = 8
-INCH = 0.78
+MOST_VICTIMS = 6
+INCH = 0.62
 """Side of one picture in the grid."""
 GAP = 0.1
-CAPTION_SPACE = 0.3
+CAPTION_SPACE = 0.32
 """Space beside and below a picture, as shares of its side."""
-NAMES_SPACE = 2.3
+NAMES_SPACE = 2.5
 """Space for the rows' names, in sides of a picture."""
 
 
@@ -100,14 +100,15 @@ def _draw(rows: list[Row], title: str) -> Figure:
     originals = list(reference.originals[:MOST_VICTIMS])
     lines = [(originals, [""] * len(originals)), *(_matched(row, originals) for row in rows)]
     height, width = originals[0].shape[1:]
-    down, right, margin = height * (1 + CAPTION_SPACE), width * (1 + GAP), width * NAMES_SPACE
+    down, right = round(height * (1 + CAPTION_SPACE)), round(width * (1 + GAP))
+    margin = round(width * NAMES_SPACE)
     # One canvas, not an axes for each picture: laying out eighty axes takes matplotlib ten seconds.
-    canvas = np.full((round(down * len(lines)), round(margin + right * len(originals)), 3), 255, np.uint8)
+    canvas = np.full((down * len(lines), margin + right * len(originals), 3), 255, np.uint8)
     figure = new_figure(INCH * canvas.shape[1] / width, 0.4 + INCH * canvas.shape[0] / height)
     axes = figure.subplots()
     for row, (images, captions) in enumerate(lines):
         for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            top, left = round(row * down), round(margin + column * right)
+            top, left = row * down, margin + column * right
             if image is not None:
                 canvas[top : top + height, left : left + width] = _as_rgb(image)
             axes.text(left + width / 2, top + height * 1.03, caption, ha="center", va="top", fontsize=7.5)
@@ -135,7 +136,7 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)
 
 
-def _name_rows(axes: Axes, rows: list[Row], margin: float, pitch: float, height: int) -> None:
+def _name_rows(axes: Axes, rows: list[Row], margin: int, pitch: int, height: int) -> None:
     names = [row.column for row in rows]
     titles = [("Original", INK, "")]
     titles += [

@@ -119,6 +119,11 @@ def table_title(table: str) -> str:
     return f"[{letter}] Measure on different defenses against the {name}" if letter else f"Against {name}"
 
 
+def table_name(table: str) -> str:
+    """Return the slides' short name of a table: that of its attack."""
+    return TABLES[table][1] if table in TABLES else table.upper()
+
+
 def attack_title(attack: str) -> str:
     """Return an attack's usual spelling."""
     return ATTACKS.get(attack, attack)

@@ -57,6 +57,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def css_width(figure: Figure) -> int:
+    """Return the width at which a page shows the figure in its natural size, in CSS pixels."""
+    return round(figure.get_figwidth() * 96)
+
+
 def name_rows(panels: list[Axes], names: list[str], colours: list[str]) -> None:
     """Label the rows that horizontal charts share, from the top down, each in the colour of its marks."""
     panels[0].set_yticks(range(len(names)), names)

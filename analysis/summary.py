@@ -18,8 +18,8 @@ RECOVERED_PSNR = 30.0
 """PSNR, in dB, above which an image counts as recovered."""
 
 Standing = Literal["floor", "leaks", "unclear", "uncounted"]
-"""What a cell shows: the attack is no better than a blind guess; it is better; the interval cannot tell; or it
-stalled or ran out of budget, so that its failure shows nothing."""
+"""What a cell shows: the attack is no better than a blind guess, in PSNR and SSIM; it is better in one of them;
+the intervals cannot tell; or it stalled or ran out of budget, so that its failure shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,16 @@ class Block:
         return [c for c in (self.baseline, *self.columns.values()) if c.seeds]
 
     def standing(self, column: Column) -> Standing | None:
-        """Return what the PSNR of a column shows; None without images or floor."""
-        psnr, floor = column.scores["PSNR"].estimate, self.floors.get("PSNR")
-        if psnr is None or floor is None:
+        """Return what PSNR and SSIM of a column show; None without images or floors."""
+        pairs = [(column.scores[metric].estimate, floor) for metric, (_, floor) in self.floors.items()]
+        known = [(estimate, floor) for estimate, floor in pairs if estimate is not None]
+        if not known:
             return None
-        if column.recovered or psnr.low > floor[1]:
+        if column.recovered or any(estimate.low > floor for estimate, floor in known):
             return "leaks"
         if column.flagged:
             return "uncounted"
-        return "floor" if psnr.high <= floor[1] else "unclear"
+        return "floor" if all(estimate.high <= floor for estimate, floor in known) else "unclear"
 
 
 @cache

@@ -61,15 +61,21 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _work_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="output root (default: runs)")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data sets in torchvision's layout (or FEDSIM_DATA_DIR)")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="output root (default: runs)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="data sets in torchvision's layout (or FEDSIM_DATA_DIR)"
+    )
     parser.add_argument("--address", help="Ray cluster to run on (default: a private Ray on this machine)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
 
 
 def _store_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="output root (default: runs)")
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="output root (default: runs)"
+    )
     parser.add_argument("--tracking-uri", help="MLflow store (default: mlflow.db in the output root)")
 
 
@@ -137,7 +143,7 @@ def _compare(options: Namespace) -> int:
     with reporter(console) as comparison.reporter:
         for _ in comparison.run(options.resume):
             pass
-    _write_report(comparison.tracking_uri, comparison.config.name, comparison.folder, console)
+    _write_report(comparison.tracking_uri, comparison.config.name, options.output, console)
     for name, reason in comparison.failures.items():
         console.print(f"failed: {name}: {reason} (--resume tries it again)", style="red", highlight=False)
     return 1 if comparison.failures else 0
@@ -152,25 +158,29 @@ def _chosen(options: Namespace) -> "ComparisonConfig":
     return narrow(config, options.dataset, options.defense, options.attack, seeds, options.name)
 
 
-def _write_report(uri: str, name: str | None, folder: Path | None, console: Any) -> None:
-    from analysis import load_comparison, print_tables, write_all
+def _write_report(uri: str, name: str | None, root: Path, console: Any) -> None:
+    from analysis import write_all
+    from analysis.load import load_comparison
+    from analysis.tables import print_tables
 
     comparison = load_comparison(uri, name)
     print_tables(comparison, console)
-    folder = folder or DEFAULT_OUTPUT / comparison.name
-    for path in write_all(comparison, folder).values():
+    for path in write_all(uri, comparison.run_id, root / comparison.name).values():
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _tables(options: Namespace) -> int:
-    from analysis import load_comparison, print_tables
+    from analysis.load import load_comparison
+    from analysis.tables import print_tables
 
     print_tables(load_comparison(_store(options), options.name), _console())
     return 0
 
 
 def _report(options: Namespace) -> int:
-    _write_report(_store(options), options.name, options.output / options.name if options.name else None, _console())
+    _write_report(
+        _store(options), options.name, options.output / options.name if options.name else None, _console()
+    )
     return 0
 
 
@@ -223,6 +233,8 @@ ALL = (
     Command("tables", "print the tables of a comparison again, from MLflow", _reading_arguments, _tables),
     Command("report", "write tables, figures and report.html again, from MLflow", _reading_arguments, _report),
     Command("ui", "browse results in MLflow's web page, on loopback", _ui_arguments, _ui),
-    Command("list", "what a config can name: data sets, models, defenses, attacks, presets", _list_arguments, _list),
+    Command(
+        "list", "what a config can name: data sets, models, defenses, attacks, presets", _list_arguments, _list
+    ),
     Command("validate", "check a config without running it", _validate_arguments, _validate),
 )

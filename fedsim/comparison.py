@@ -136,8 +136,9 @@ def parse_comparison(data: Settings, source: str) -> ComparisonConfig:
 
 def presets() -> list[str]:
     """Return the names of the presets that come with fedsim."""
-    return sorted(Path(file.name).stem for file in resources.files("fedsim.presets").iterdir()
-                  if file.name.endswith(".yaml"))
+    return sorted(
+        Path(file.name).stem for file in resources.files("fedsim.presets").iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def _locate(source: str) -> Path:
@@ -296,4 +297,6 @@ class Comparison:
             if not resume:
                 raise ConfigError(f"{self.folder} holds this comparison already; --resume goes on with it")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} is not empty and holds no comparison; choose another --name or --output")
+            raise ConfigError(
+                f"{self.folder} is not empty and holds no comparison; choose another --name or --output"
+            )

@@ -21,10 +21,10 @@ COPIES = 4
 def memory_estimate(config: ExperimentConfig, prepared: Prepared, workers: int) -> int:
     """Return about how many bytes a simulation needs: processes, shared data, and the chunks in the making."""
     data = prepared.dataset
-    shared = data.train_images.nbytes + data.test_images.nbytes
+    shared: int = data.train_images.nbytes + data.test_images.nbytes
     dimension = prepared.spec.build_model(data).layout.dimension
     width = config.runtime.chunk_width(config.federation.clients_per_round)
-    batch = config.federation.batch_size * data.train_images[0].size * 4
+    batch = config.federation.batch_size * int(data.train_images[0].size) * 4
     return (workers + 2) * PROCESS_BYTES + shared + workers * width * (COPIES * dimension * 4 + batch)
 
 
@@ -52,7 +52,9 @@ def print_comparison_plan(comparison: Comparison, console: Console) -> None:
     rounds = sum(cell.config.federation.rounds for cell in comparison.cells)
     victims = sum(len(cell.config.attacks) * cell.config.audit.victims for cell in comparison.cells)
     largest = max(
-        memory_estimate(cell.config, prepare(cell.config, comparison.dataset(cell.config)), local_workers(cell.config))
+        memory_estimate(
+            cell.config, prepare(cell.config, comparison.dataset(cell.config)), local_workers(cell.config)
+        )
         for cell in comparison.cells
     )
     console.print(
@@ -73,13 +75,17 @@ def local_workers(config: ExperimentConfig) -> int:
 def print_result(result: SimulationResult, folder: Path, console: Console) -> None:
     """Print what a simulation found."""
     summary = result.summary
-    console.print(f"[bold]{result.config.name}[/bold]: ACC {summary['ACC']:.4f}, ART {summary['ART']:.4f} s, "
-                  f"{summary['upload_bytes'] / 1000:.1f} kB a client a round", highlight=False)
+    console.print(
+        f"[bold]{result.config.name}[/bold]: ACC {summary['ACC']:.4f}, ART {summary['ART']:.4f} s, "
+        f"{summary['upload_bytes'] / 1000:.1f} kB a client a round",
+        highlight=False,
+    )
     if summary["overhead"]:
         over = summary["overhead"]
         console.print(
             f"the defense costs {over['median']:+.1%} of a round (quartiles {over['low']:+.1%} to "
-            f"{over['high']:+.1%}, {over['pairs']} pairs of rounds)", highlight=False
+            f"{over['high']:+.1%}, {over['pairs']} pairs of rounds)",
+            highlight=False,
         )
     if result.audits:
         table = Table(box=None, header_style="bold")
@@ -88,8 +94,14 @@ def print_result(result: SimulationResult, folder: Path, console: Console) -> No
         for audit in result.audits:
             rows = audit.rows
             table.add_row(
-                audit.attack, audit.adversary, str(audit.round), str(len(rows)), f"{audit.mean('PSNR'):.2f}",
-                f"{audit.mean('SSIM'):.3f}", str(sum(r.stalled for r in rows)), str(sum(r.exhausted for r in rows)),
+                audit.attack,
+                audit.adversary,
+                str(audit.round),
+                str(len(rows)),
+                f"{audit.mean('PSNR'):.2f}",
+                f"{audit.mean('SSIM'):.3f}",
+                str(sum(r.stalled for r in rows)),
+                str(sum(r.exhausted for r in rows)),
             )
         best = max(summary["floors"].items(), key=lambda item: item[1]["PSNR"])
         table.add_row(f"floor ({best[0]})", "", "", "", f"{best[1]['PSNR']:.2f}", f"{best[1]['SSIM']:.3f}", "", "")

@@ -96,7 +96,7 @@ class SimulationResult:
 
 
 class RunFolder:
-    """The folder of one simulation: `config.yaml`, `result.json`, `rounds.csv`, `reconstructions/`, `checkpoints/`."""
+    """The folder of one simulation: config, result, rounds, reconstructions and checkpoints."""
 
     def __init__(self, path: Path) -> None:
         """Use `path`; nothing is created yet."""
@@ -116,7 +116,9 @@ class RunFolder:
             if other.fingerprint() != config.fingerprint():
                 raise ConfigError(f"{self.path} holds another experiment; choose another name or --output")
             if not resume:
-                raise ConfigError(f"{self.path} holds this run already; --resume goes on with it, or choose another name")
+                raise ConfigError(
+                    f"{self.path} holds this run already; --resume goes on with it, or choose another name"
+                )
         elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no fedsim run; choose another name or --output")
 

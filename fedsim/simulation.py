@@ -173,9 +173,7 @@ class _Run:
         )
         checkpoint = self.checkpoints.latest() if self.checkpoints else None
         self.history: list[dict[str, Any]] = checkpoint.history if checkpoint else []
-        self.federation = Federation(
-            self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None
-        )
+        self.federation = Federation(self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None)
         self.audits: list[AuditResult] = []
 
     def train(self) -> SimulationResult:
@@ -264,7 +262,9 @@ class _Run:
         self.reporter.round(record)
         if record["rejected"]:
             clients = ", ".join(map(str, record["rejected"]))
-            self.reporter.note(f"{self.config.name}: round {record['round']}: not finite, left out: client {clients}")
+            self.reporter.note(
+                f"{self.config.name}: round {record['round']}: not finite, left out: client {clients}"
+            )
         if self.tracked:
             self.tracked.round(record)
 

@@ -59,9 +59,7 @@ class Tracker:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"tracking.uri: no MLflow store at {uri}: {reason}") from error
 
-    def start(
-        self, name: str, tags: Mapping[str, str], parent: "TrackedRun | None" = None
-    ) -> "TrackedRun":
+    def start(self, name: str, tags: Mapping[str, str], parent: "TrackedRun | None" = None) -> "TrackedRun":
         """Start a run, or go on with an unfinished one that has the same identity.
 
         The identity is the tag `fedsim.id`: a run found by it is continued, so that a resume makes no second.

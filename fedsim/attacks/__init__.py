@@ -1,3 +1,5 @@
 """Attacks."""
+
 from fedsim.attacks.base import AttackSettings
+
 AttackConfig = AttackSettings

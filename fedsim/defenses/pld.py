@@ -15,9 +15,6 @@ from fedsim.learning.models import Model
 PASS_VALUES = 2**19
 """Input values, tangents included, that go through the network at once: it bounds memory."""
 
-EXACT_BLOCK = 64
-"""Features whose exact gradients are computed at once."""
-
 
 class PLDConfig(DefenseSettings):
     """Zero the first fully connected layer's weight gradient at the features with the lowest scores."""
@@ -130,7 +127,8 @@ def exact_norms(model: Model, weights: Tensor, images: Tensor) -> tuple[Tensor, 
     else:
         cotangents = torch.eye(representation.shape[1]).to(representation)
         cotangents = cotangents[:, None].expand(-1, representation.shape[0], -1)
-    squares = [vmap(pull)(block)[0].square() for block in cotangents.split(EXACT_BLOCK)]
+    width = max(1, PASS_VALUES // images.numel())
+    squares = [vmap(pull)(block)[0].square() for block in cotangents.split(width)]
     if model.has_batch_norm:
         norms = torch.cat([block.flatten(1).sum(1) for block in squares]).view_as(representation)
     else:

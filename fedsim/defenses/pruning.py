@@ -13,8 +13,8 @@ def pruned_count(size: int, fraction: float) -> int:
     This is the rule of the published codes, which compare with `numpy.percentile` (linear interpolation): at
     least one value always stays.
     """
-    # Without the slack, 0.7 · 10 in floating point could count an eighth value of eleven.
-    return math.ceil(fraction * (size - 1) - 1e-9)
+    # The slack takes back what rounding may have put on top of a whole number.
+    return math.ceil(fraction * (size - 1) * (1 - 1e-14))
 
 
 def kth_smallest(values: Tensor, rank: int) -> Tensor:

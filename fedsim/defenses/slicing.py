@@ -39,10 +39,11 @@ def equal_risk_bounds(risk: Floats, sizes: Sequence[int], slices: int) -> Intege
     if not risk.any():
         risk = np.asarray(sizes, dtype=np.float64)
     cumulative = np.concatenate([[0.0], np.cumsum(risk)])
-    targets = cumulative[-1] * np.arange(slices + 1) / slices
-    bounds: Integers = np.rint(np.interp(targets, cumulative, offsets)).astype(np.int64)
-    bounds[0], bounds[-1] = 0, offsets[-1]
-    return bounds
+    targets = cumulative[-1] * np.arange(1, slices) / slices
+    layer = np.searchsorted(cumulative, targets, side="right") - 1
+    within = np.minimum((targets - cumulative[layer]) / risk[layer], 1.0)
+    inner = np.rint(offsets[layer] + within * np.asarray(sizes)[layer])
+    return np.concatenate([[0], inner, offsets[-1:]]).astype(np.int64)
 
 
 def published_bounds(risk: Floats, sizes: Sequence[int], slices: int) -> Integers:

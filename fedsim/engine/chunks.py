@@ -66,9 +66,7 @@ class AttackJob:
     seeds: tuple[int, ...]
 
 
-def run_chunk(
-    session: Session, weights: Tensor, public: Public, task: ChunkTask
-) -> tuple[Tensor, ChunkReport]:
+def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask) -> tuple[Tensor, ChunkReport]:
     """Train and protect the clients of `task`.
 
     Args:
@@ -132,9 +130,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def probe(
-    session: Session, weights: Tensor, public: Public, round_: int, victims: tuple[Victim, ...]
-) -> Payload:
+def probe(session: Session, weights: Tensor, public: Public, round_: int, victims: tuple[Victim, ...]) -> Payload:
     """Return what victims send when each protects the gradient of its images at `weights` [d].
 
     With `audit.payload: training` the victims' images are those of their batch in `round_` and their private
@@ -178,9 +174,7 @@ def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) 
 
 
 @torch.no_grad()
-def evaluate(
-    session: Session, weights: Tensor, statistics: Tensor, start: int, stop: int
-) -> tuple[int, float]:
+def evaluate(session: Session, weights: Tensor, statistics: Tensor, start: int, stop: int) -> tuple[int, float]:
     """Return how many of the test images `start` … `stop` are classified right, and their summed loss."""
     module, data = session.model.module, session.test_data
     module.eval()

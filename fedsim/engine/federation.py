@@ -61,9 +61,7 @@ class RoundRecord:
 class Federation:
     """The clients and the server of one simulation."""
 
-    def __init__(
-        self, spec: SessionSpec, dataset: Dataset, runtime: Runtime, state: Arrays | None = None
-    ) -> None:
+    def __init__(self, spec: SessionSpec, dataset: Dataset, runtime: Runtime, state: Arrays | None = None) -> None:
         """Open the simulation on the server, at its initial weights or at a checkpoint's `state`."""
         self.spec, self.runtime = spec, runtime
         self._test_images = len(dataset.test_labels)

@@ -104,4 +104,3 @@ class Runtime:
     ) -> None:
         """Close the runtime."""
         self.close()
-

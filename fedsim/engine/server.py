@@ -1,5 +1,6 @@
 """The parameter-server actor: adds, compensates, steps, and keeps what a checkpoint needs."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -88,7 +89,9 @@ class ServerSession:
         context = ServerContext(self.model, shares, round_, self.public)
         update = self.defense.compensate(update, context)
         compensated = time.perf_counter()
-        self.optimizer.step(self.spec.config.federation.learning_rate * update)
+        federation = self.spec.config.federation
+        rate = federation.server.rate(round_, federation.rounds)
+        self.optimizer.step(federation.learning_rate * update, rate)
         keep = STATISTICS_DECAY if round_ else 0.0
         self.statistics = keep * self.statistics + (1 - keep) * statistics
         self.prepare(round_ + 1)
@@ -141,6 +144,10 @@ class ParameterServer:
         sys.path += [path for path in sys_path if path not in sys.path]
         torch.set_num_threads(1)
         self._sessions: dict[str, ServerSession] = {}
+
+    def pid(self) -> int:
+        """Return this process's id."""
+        return os.getpid()
 
     @ray.method(num_returns=5)  # type: ignore[untyped-decorator]
     def open(self, handle: Handle, state: Arrays | None) -> RoundOutput:

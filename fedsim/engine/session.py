@@ -49,9 +49,7 @@ class SessionSpec:
         federation = self.config.federation
         rng = numpy_stream(self.config.seed, Purpose.BATCHES, round_, client)
         indices = self.partition.client(client)
-        return local_batches(
-            indices, rng, federation.batch_size, federation.local_steps, federation.local_epochs
-        )
+        return local_batches(indices, rng, federation.batch_size, federation.local_steps, federation.local_epochs)
 
 
 @dataclass

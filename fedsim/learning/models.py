@@ -113,7 +113,8 @@ class ConvNet64(nn.Module):
             x = torch.relu(self.get_submodule(f"bn{index}")(self.get_submodule(f"conv{index}")(x)))
             if index in (5, 7):
                 x = self.pool(x)
-        return self.linear(x.flatten(1))
+        logits: Tensor = self.linear(x.flatten(1))
+        return logits
 
 
 class Model:
@@ -138,7 +139,7 @@ class Model:
         """Name of the first fully connected layer, the one PLD defends; ConfigError if there is none."""
         for name, child in self.module.named_modules():
             if isinstance(child, nn.Linear):
-                return name
+                return str(name)
         raise ConfigError("the model has no fully connected layer")
 
     def initial_weights(self) -> Tensor:

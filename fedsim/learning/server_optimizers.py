@@ -14,7 +14,20 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class SgdConfig(Schema):
+class _Schedule(Schema):
+    warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds over which the learning rate rises linearly to its full value."""
+    decay_rounds: int = Field(default=0, ge=0)
+    """Last rounds of the run, over which the learning rate falls linearly to zero."""
+
+    def rate(self, round_: int, rounds: int) -> float:
+        """Return the factor on the learning rate in a round, 0–1, for a run of `rounds` rounds."""
+        warm = min(1.0, (round_ + 1) / self.warmup_rounds) if self.warmup_rounds else 1.0
+        left = min(1.0, max(0, rounds - round_) / self.decay_rounds) if self.decay_rounds else 1.0
+        return warm * left
+
+
+class SgdConfig(_Schedule):
     """Server SGD; rate 1 without momentum is plain averaging (FedAvg, McMahan et al., 2017)."""
 
     name: Literal["sgd"] = "sgd"
@@ -28,7 +41,7 @@ class SgdConfig(Schema):
         return torch.optim.SGD([weights], lr=self.learning_rate, momentum=self.momentum)
 
 
-class AdamConfig(Schema):
+class AdamConfig(_Schedule):
     """Server Adam with bias correction (FedAdam)."""
 
     name: Literal["adam"] = "adam"
@@ -47,7 +60,7 @@ class AdamConfig(Schema):
         return torch.optim.Adam([weights], lr=self.learning_rate, betas=betas, eps=self.epsilon)
 
 
-class YogiConfig(Schema):
+class YogiConfig(_Schedule):
     """Server Yogi (FedYogi): as Adam, with a second moment that moves additively."""
 
     name: Literal["yogi"] = "yogi"
@@ -71,9 +84,7 @@ ServerOptimizerConfig = Annotated[SgdConfig | AdamConfig | YogiConfig, Field(dis
 class Yogi(Optimizer):
     """Yogi as in algorithm 2 of Reddi et al., "Adaptive Federated Optimization", ICLR 2021."""
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
         """Optimise `params` with rate `lr`, moment decays `betas` and adaptivity `eps`."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
@@ -101,9 +112,11 @@ class ServerOptimizer:
         """Start from `weights` [d]; they are copied."""
         self.weights = weights.clone()
         self._optimizer = config.build(self.weights)
+        self._full_rate = config.learning_rate
 
-    def step(self, pseudo_gradient: Tensor) -> Tensor:
-        """Move along `pseudo_gradient` [d] (local learning rate × aggregate) and return the weights [d]."""
+    def step(self, pseudo_gradient: Tensor, rate: float = 1.0) -> Tensor:
+        """Move along `pseudo_gradient` [d] at `rate` times the learning rate; return the weights [d]."""
+        self._optimizer.param_groups[0]["lr"] = rate * self._full_rate
         self.weights.grad = pseudo_gradient
         self._optimizer.step()
         self.weights.grad = None

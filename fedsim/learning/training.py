@@ -56,9 +56,7 @@ def choose_execution(device: torch.device, batch_size: int) -> Execution:
     return "vectorized" if device.type == "cuda" or batch_size <= VECTORIZED_BATCH else "loop"
 
 
-def build_trainer(
-    model: Model, data: ImageStore, learning_rate: float, execution: Execution
-) -> LocalTrainer:
+def build_trainer(model: Model, data: ImageStore, learning_rate: float, execution: Execution) -> LocalTrainer:
     """Return the trainer of the wanted execution."""
     kind = LoopTrainer if execution == "loop" else VectorizedTrainer
     return kind(model, data, learning_rate)
@@ -99,7 +97,7 @@ class LoopTrainer:
             images, labels = self.data.take(batch)
             self.gradient.zero_()
             loss = F.cross_entropy(self.module(images), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
             if len(batches) > 1:
                 self.weights.add_(self.gradient, alpha=-self.learning_rate)

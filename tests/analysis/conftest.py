@@ -56,10 +56,11 @@ class Store:
         self.client = MlflowClient(self.uri)
         self.experiment = self.client.create_experiment("fedsim", (folder / "artifacts").as_uri())
 
-    def comparison(self, name: str, cells: list[Cell], config: str = "seeds: 1\n") -> str:
+    def comparison(self, name: str, cells: list[Cell], planned: dict[str, Any] | None = None) -> str:
         tags = {"fedsim.kind": "comparison", "fedsim.name": name}
         run_id = self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
-        self.client.log_text(run_id, config, "comparison.yaml")
+        config = {"name": name} | (planned or _planned(cells))
+        self.client.log_text(run_id, yaml.safe_dump(config), "comparison.yaml")
         for cell in cells:
             self.cell(run_id, cell)
         self.client.set_terminated(run_id)
@@ -93,6 +94,15 @@ class Store:
             originals = cell.images[:, None]
             np.savez(path, originals=originals, reconstructions=_blurred(originals, scores))
             self.client.log_artifact(run_id, str(path), "reconstructions")
+
+
+def _planned(cells: list[Cell]) -> dict[str, Any]:
+    return {
+        "datasets": sorted({cell.dataset for cell in cells}),
+        "seeds": sorted({cell.seed for cell in cells}),
+        "tables": {cell.table: {"attack": {"name": cell.attack}} for cell in cells},
+        "defenses": {cell.defense: {"name": cell.defense} for cell in cells},
+    }
 
 
 def _attacks(cell: Cell) -> list[tuple[str, list[float]]]:
@@ -161,5 +171,5 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="session")
 def small(store: Store) -> str:
     """The name of the small comparison."""
-    store.comparison("small", small_cells(), config="name: small\nseeds: 1\n")
+    store.comparison("small", small_cells())
     return "small"

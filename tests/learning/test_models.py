@@ -67,7 +67,9 @@ def test_representation_is_the_input_of_the_first_linear_layer() -> None:
 
 
 def conv_net_without_pooling(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(shape[0], 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes)
+    )
 
 
 def wrong_factory(shape: tuple[int, int, int], classes: int) -> str:

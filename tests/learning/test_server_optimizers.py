@@ -47,3 +47,17 @@ def test_a_restored_optimizer_goes_on_to_the_bit(config: SgdConfig | AdamConfig 
     restored.load_state_dict(state)
     for gradient in gradients(2):
         assert torch.equal(through.step(gradient), restored.step(gradient))
+
+
+def test_the_rate_warms_up_and_decays() -> None:
+    schedule = SgdConfig(warmup_rounds=4, decay_rounds=2)
+    rates = [schedule.rate(r, 8) for r in range(9)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5, 0])
+    assert SgdConfig().rate(5, 8) == 1.0
+
+
+def test_a_smaller_rate_scales_the_step() -> None:
+    step = gradients(1)[0]
+    full = ServerOptimizer(AdamConfig(), torch.zeros(7)).step(step)
+    half = ServerOptimizer(AdamConfig(), torch.zeros(7)).step(step, rate=0.5)
+    assert torch.allclose(full, 2 * half)

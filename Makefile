@@ -1,0 +1,36 @@
+# Two commands do everything on a machine with Python ≥ 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The environment is made anew whenever the pinned requirements change.
+STAMP := $(VENV)/.requirements-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test lint types format clean
+
+demo: $(STAMP)  ## both tables on the embedded digits, offline, and the report
+	$(BIN)/fedsim compare --preset quick --output runs --resume
+	@echo "Now open runs/quick/report.html, or browse everything with: $(BIN)/fedsim ui"
+
+test: lint types $(STAMP)  ## lint, format, types, tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	rm -f $(VENV)/.requirements-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,200 @@
+"""Gradient matching: how far the gradients of M dummy batches are from what the victims sent, and which way to go.
+
+A *problem* is one dummy batch of one victim; several problems may belong to the same victim. All problems share
+the weights, so they are evaluated together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from fedsim.attacks.chain import Pullback, chain_of
+from fedsim.errors import ConfigError
+from fedsim.learning.layout import ParameterLayout
+from fedsim.learning.models import Model
+from fedsim.privacy.observation import Observation
+
+PIECE_BYTES = 128 * 2**20
+"""Problems are evaluated in pieces whose parameter gradients take at most this many bytes."""
+
+
+class Distance(Protocol):
+    """How far gradients are from what victims sent; made from the victims' gradients [N, e]."""
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare gradients [m, e] with those of `victims` [m].
+
+        Returns:
+            Distances [m], and their derivatives by `gradients` [m, e].
+        """
+        ...
+
+
+class SquaredError:
+    """‖g − t‖² / ‖t‖²: 0 for a perfect match, 1 for a gradient of zero.
+
+    The division changes no minimum, but lets thresholds mean the same for every model and victim.
+
+    Source: Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019 (without the division).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        """Take what the victims sent, shape [N, e]."""
+        self.targets, self.scale = targets, 1 / _positive(targets.square().sum(1))
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual, scale = gradients - self.targets[victims], self.scale[victims]
+        loss = residual.square().sum(1) * scale
+        return loss, residual.mul_(2 * scale[:, None])
+
+
+class CosineDistance:
+    """1 − cos∠(g, t) over the whole gradient.
+
+    Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, equation 4.
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        """Take what the victims sent, shape [N, e]."""
+        self.directions = targets / _positive(targets.norm(dim=1))[:, None]
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        directions = self.directions[victims]
+        norm = _positive(gradients.norm(dim=1))
+        cosine = (gradients * directions).sum(1) / norm
+        by_gradient = (cosine / norm)[:, None] * gradients - directions
+        return 1 - cosine, by_gradient.div_(norm[:, None])
+
+
+@dataclass(frozen=True)
+class Match:
+    """The outcome of one evaluation of m problems.
+
+    Attributes:
+        loss: Distances, shape [m].
+        by_images: Their derivatives by the dummy images, shape [m, B, C, H, W].
+        by_probabilities: Their derivatives by the dummy's soft labels, shape [m, B, classes].
+    """
+
+    loss: Tensor
+    by_images: Tensor
+    by_probabilities: Tensor
+
+
+class GradientMatching:
+    """Compares dummy batches with what the victims of an observation sent."""
+
+    def __init__(
+        self,
+        observation: Observation,
+        distance: Callable[[Tensor], Distance],
+        ignore: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Prepare the comparison.
+
+        Args:
+            observation: What the server saw.
+            distance: Makes the distance from the victims' gradients.
+            ignore: Shell patterns of parameters that are left out on both sides.
+            dtype: Floating-point type to work in; that of the weights if None.
+
+        Raises:
+            ConfigError: If a pattern matches nothing, if nothing is left to match, or if a gradient is not finite.
+        """
+        weights = observation.weights.to(dtype)
+        self.kept = kept_spans(observation.model.layout, ignore)
+        targets = self._select(observation.gradients.to(weights))
+        for victim, finite in enumerate(torch.isfinite(targets).all(1).tolist()):
+            if not finite:
+                raise ConfigError(f"the gradient of victim {victim} holds values that are not finite")
+        self.distance = distance(targets)
+        self.engine = chain_of(observation.model, weights) or Autodiff(observation.model, weights)
+        self.dimension = len(weights)
+        one = len(weights) * weights.element_size()
+        self.piece = max(1, PIECE_BYTES // (one * observation.batch_size))
+
+    def __call__(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> Match:
+        """Evaluate m problems.
+
+        Args:
+            images: Dummy images, shape [m, B, C, H, W].
+            probabilities: Their soft labels, each summing to 1, shape [m, B, classes].
+            victims: The victim that each problem belongs to, shape [m].
+        """
+        inputs = zip(*(torch.split(t, self.piece) for t in (images, probabilities, victims)), strict=True)
+        parts = [self._piece(*part) for part in inputs]
+        loss, by_images, by_probabilities = (torch.cat(values) for values in zip(*parts, strict=True))
+        return Match(loss, by_images, by_probabilities)
+
+    def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradients, pullback = self.engine.gradients(images, probabilities)
+        loss, by_kept = self.distance(self._select(gradients), victims)
+        return loss, *pullback(self._spread(by_kept))
+
+    def _select(self, vectors: Tensor) -> Tensor:
+        if self.kept is None:
+            return vectors
+        return torch.cat([vectors[:, span] for span in self.kept], 1)
+
+    def _spread(self, kept: Tensor) -> Tensor:
+        if self.kept is None:
+            return kept
+        whole = kept.new_zeros(len(kept), self.dimension)
+        start = 0
+        for span in self.kept:
+            width = span.stop - span.start
+            whole[:, span] = kept[:, start : start + width]
+            start += width
+        return whole
+
+
+class Autodiff:
+    """Per-problem gradients of any model by automatic differentiation."""
+
+    def __init__(self, model: Model, weights: Tensor) -> None:
+        """Take flat `weights` [d]."""
+
+        def loss(weights: Tensor, images: Tensor, probabilities: Tensor) -> Tensor:
+            return F.cross_entropy(model.logits(weights, images), probabilities)
+
+        self.weights, self.gradient = weights, vmap(grad(loss), in_dims=(None, 0, 0))
+
+    def gradients(self, images: Tensor, probabilities: Tensor) -> tuple[Tensor, Pullback]:
+        """See `Chain.gradients`."""
+        with torch.enable_grad():
+            inputs = images.detach().requires_grad_(), probabilities.detach().requires_grad_()
+            gradients = self.gradient(self.weights, *inputs)
+
+        def pullback(v: Tensor) -> tuple[Tensor, Tensor]:
+            by_images, by_probabilities = torch.autograd.grad(gradients, inputs, v)
+            return by_images, by_probabilities
+
+        return gradients.detach(), pullback
+
+
+def kept_spans(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[slice] | None:
+    """Return the spans of the flat vector that no pattern matches, or None if there are no patterns.
+
+    Raises:
+        ConfigError: If a pattern matches no parameter, or the patterns match all of them.
+    """
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in layout.names):
+            raise ConfigError(f"ignore: {pattern!r} matches no parameter of {', '.join(layout.names)}")
+    kept = [name for name in layout.names if not any(fnmatchcase(name, p) for p in ignore)]
+    if not kept:
+        raise ConfigError("ignore: nothing is left to match")
+    return [layout.span(name) for name in kept] if ignore else None
+
+
+def _positive(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, 1)

@@ -1,0 +1,1 @@
+"""Comparisons that come with fedsim: plain YAML files to run or to copy."""

@@ -1,0 +1,27 @@
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fedsim.config import ExperimentConfig, RuntimeConfig, parse_config
+from fedsim.engine.runtime import Runtime
+
+
+def small_experiment(**settings: Any) -> ExperimentConfig:
+    """A simulation of seconds on the digits: 6 rounds, 20 clients, 9 a round in chunks of 2."""
+    federation = {"rounds": 6, "clients": 20, "clients_per_round": 9, "batch_size": 16, "evaluate_every": 3}
+    data: dict[str, Any] = {
+        "name": "small",
+        "model": {"init": "uniform"},
+        "federation": federation | settings.pop("federation", {}),
+        "runtime": {"clients_per_chunk": 2},
+        "checkpoint_every": 2,
+    }
+    return parse_config(data | settings)
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Iterator[Runtime]:
+    """One Ray runtime with two workers for all the tests that do not break it."""
+    with Runtime(RuntimeConfig(workers=2)) as shared:
+        yield shared

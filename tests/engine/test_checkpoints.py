@@ -1,0 +1,61 @@
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder, write_atomically
+from fedsim.errors import RunError
+
+STATE = {"optimizer/weights": np.arange(5, dtype=np.float32), "statistics": np.zeros(0, np.float32)}
+
+
+def checkpoint(rounds: int) -> Checkpoint:
+    return Checkpoint(rounds, STATE, [{"round": r, "loss": 0.5} for r in range(rounds)])
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "mine")
+    folder.save(checkpoint(3))
+    found = folder.latest()
+    assert found is not None
+    assert found.rounds_done == 3
+    assert found.history == checkpoint(3).history
+    assert all(np.array_equal(found.state[name], STATE[name]) for name in STATE)
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "mine")
+    for rounds in (1, 2, 10, 11):
+        folder.save(checkpoint(rounds))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000010.safetensors", "round-000011.safetensors"]
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = CheckpointFolder(tmp_path, "mine")
+    folder.save(checkpoint(1))
+    newest = folder.save(checkpoint(2))
+    newest.write_bytes(newest.read_bytes()[:-7])
+    found = folder.latest()
+    assert found is not None
+    assert found.rounds_done == 1
+    assert newest.name in caplog.text
+
+
+def test_another_experiments_checkpoint_is_not_used(tmp_path: Path) -> None:
+    CheckpointFolder(tmp_path, "theirs").save(checkpoint(2))
+    assert CheckpointFolder(tmp_path, "mine").latest() is None
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="No space left"):
+        write_atomically(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert target.read_bytes() == b"old"
