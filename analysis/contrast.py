@@ -1,5 +1,6 @@
 """Where our figures and the slides' part."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Difference:
         metric: Name of the metric.
         ours: Our estimate.
         paper: The slides' figure.
+        floor: What a blind guess reaches; figures below it count as it.
     """
 
     table: str
@@ -33,11 +35,13 @@ class Difference:
     metric: str
     ours: Estimate
     paper: float
+    floor: float = -math.inf
 
     @property
     def size(self) -> float:
-        """The difference in units of what is worth a word."""
-        return abs(self.ours.value - self.paper) / MATERIAL[self.metric]
+        """The difference in units of what is worth a word; none between two figures below the floor."""
+        ours, paper = max(self.ours.value, self.floor), max(self.paper, self.floor)
+        return abs(ours - paper) / MATERIAL[self.metric]
 
     @property
     def material(self) -> bool:
@@ -55,7 +59,15 @@ class Difference:
 def differences(blocks: Iterable[Block]) -> list[Difference]:
     """Return every figure that both we and the slides have, in the order of the tables."""
     return [
-        Difference(block.table, block.dataset, column.name, metric, score.estimate, score.paper)
+        Difference(
+            block.table,
+            block.dataset,
+            column.name,
+            metric,
+            score.estimate,
+            score.paper,
+            block.floors[metric][1] if metric in block.floors else -math.inf,
+        )
         for block in blocks
         for column in block.every
         for metric, score in column.scores.items()

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.cells import FLAG
-from analysis.load import NAIVE, CellKey, Comparison
+from analysis.frames import NAIVE, CellKey
+from analysis.load import Comparison
 from analysis.names import (
     BASELINE,
     MUTED_SUFFIX,

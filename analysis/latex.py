@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from analysis.cells import LEGEND, ROWS, Piece, heading, notes, piece
+from analysis.cells import MARKS, ROWS, Piece, heading, notes, piece
 from analysis.names import column_groups, dataset_title, group_title, table_title
 from analysis.summary import Block
 
@@ -39,17 +39,18 @@ def escape(text: str) -> str:
     return "".join(ESCAPES.get(character, character) for character in text)
 
 
-def latex_table(table: str, blocks: list[Block]) -> str:
-    """Return a `table*` (packages booktabs and graphicx) with the blocks side by side."""
+def latex(blocks: list[Block]) -> str:
+    """Return one table as a `table*` (packages booktabs and graphicx), data sets side by side as in the slides."""
+    table = blocks[0].table
     groups = [(block, group) for block in blocks for group in column_groups(block.columns)]
     body = [line for metric, title in ROWS.items() for line in _metric_rows(metric, title, groups)]
     lines = [
         "% Needs \\usepackage{booktabs,graphicx}.",
         r"\begin{table*}[t]",
         r"\centering",
-        rf"\caption{{{escape(table_title(table))}. {escape(LEGEND)}}}",
+        rf"\caption{{{escape(table_title(table))}. {escape(MARKS)}}}",
         rf"\label{{tab:{table.replace('_', '-')}}}",
-        r"\resizebox{\textwidth}{!}{%",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{''.join('c' * len(column_groups(block.columns)) for block in blocks)}}}",
         r"\toprule",
         _row(["", *(_spanning(block) for block in blocks)]),
@@ -83,9 +84,15 @@ def _rules(blocks: list[Block]) -> str:
 
 
 def _metric_rows(metric: str, title: str, groups: list[tuple[Block, Group]]) -> list[str]:
-    values = _row([escape(title), *(_cell(block, group, metric, _value) for block, group in groups)])
-    margins = _row(["", *(_cell(block, group, metric, _margin) for block, group in groups)])
-    return [values, margins + "[2pt]"]
+    """Return our figures, and below them in small print their intervals and the slides' figures (if any)."""
+    values, margins, papers = (
+        [_cell(block, group, metric, dress) for block, group in groups] for dress in DRESSES
+    )
+    spread = "quartiles" if metric == "ART" else r"95\,\% interval"
+    lines = [_row([escape(title), *values]), _row([_small(spread), *map(_small, margins)])]
+    if any(papers):
+        lines.append(_row([_small("slides"), *map(_small, papers)]))
+    return [*lines[:-1], lines[-1] + "[3pt]"]
 
 
 def _cell(block: Block, group: Group, metric: str, dress: Callable[[Piece], str]) -> str:
@@ -95,12 +102,15 @@ def _cell(block: Block, group: Group, metric: str, dress: Callable[[Piece], str]
 
 def _value(part: Piece) -> str:
     value = escape(part.value)
-    value = rf"\textbf{{{value}}}" if part.best else value
-    return " ".join(text for text in (value + escape(part.flag), escape(part.paper)) if text)
+    return (rf"\textbf{{{value}}}" if part.best else value) + escape(part.flag)
 
 
-def _margin(part: Piece) -> str:
-    return rf"{{\scriptsize {escape(part.margin)}}}" if part.margin else ""
+DRESSES = (_value, lambda part: escape(part.margin), lambda part: escape(part.paper))
+"""Our figure, its interval and the slides' figure."""
+
+
+def _small(text: str) -> str:
+    return rf"{{\scriptsize {text}}}" if text else ""
 
 
 def _notes(blocks: list[Block]) -> list[str]:

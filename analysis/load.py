@@ -7,37 +7,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
 
-from analysis.names import BASELINE, is_muted, ordered_columns, ordered_datasets
+from analysis.frames import KEY, CellKey, frames
+from analysis.names import ordered_columns, ordered_datasets
 from fedsim.errors import ConfigError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-NAIVE = "naive"
-"""The adversary of the slides' tables: it does not know that there is a defense."""
-
-KEY = ["table", "dataset", "defense", "seed"]
-IMAGE_COLUMNS = ["attack", "adversary", "round", "victim", "client", "image", "PSNR", "SSIM", "capped", "loss"]
-IMAGE_COLUMNS += ["iterations", "stalled", "exhausted", "seconds"]
-
-
-class CellKey(NamedTuple):
-    """Which cell of a comparison: one training run under one defense, audited by the attack of one table."""
-
-    table: str
-    dataset: str
-    defense: str
-    seed: int
-
-    def __str__(self) -> str:
-        """Return the key as a file name."""
-        return f"{self.table}-{self.dataset}-{self.defense}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +34,8 @@ class Comparison:
         cells: One row a finished cell: `KEY`, `run_id`, `artifacts` (their address), `test_images` (size of the
             test set), ACC (0–1), ART (s), rounds, `upload_bytes`, and the ART overhead over no defense
             (`overhead` and its quartiles `overhead_low`, `overhead_high`; fractions), `overhead_pairs`.
-        images: One row a reconstructed image: `KEY`, `IMAGE_COLUMNS`, `column` (that of the tables which it counts
-            in; empty when it counts in none) and `position` in the arrays of its `.npz`.
+        images: One row a reconstructed image, in the order of its `.npz`: `KEY`, `frames.IMAGE_COLUMNS` and
+            `column` (that of the tables which it counts in; empty when it counts in none).
         rounds: One row a round of a cell: `KEY` and the columns of `rounds.csv`.
         floors: One row a cell and guess that knows nothing: `KEY`, `guess`, PSNR, SSIM.
         results: `result.json` of each cell.
@@ -142,7 +123,7 @@ def load_comparison(tracking_uri: str, name: str) -> Comparison:
         tracking_uri=tracking_uri,
         started=datetime.fromtimestamp(parent.info.start_time / 1000, UTC),
         config=config.read_text(encoding="utf-8") if config else "",
-        **_frames(loaded),
+        **frames(loaded),
         results={key: cell["result"] for key, cell in loaded.items()},
         configs={key: cell["config"] for key, cell in loaded.items()},
         unreadable=tuple(unreadable),
@@ -232,69 +213,6 @@ def _test_images(run: Any) -> int | None:
         if "test" in profile:
             return int(profile["test"])
     return None
-
-
-def _frames(loaded: dict[CellKey, dict[str, Any]]) -> dict[str, pd.DataFrame]:
-    return {
-        "cells": pd.DataFrame([_cell_row(key, cell) for key, cell in sorted(loaded.items())]),
-        "images": _images(loaded),
-        "rounds": pd.concat([_keyed(key, cell["rounds"]) for key, cell in sorted(loaded.items())]),
-        "floors": pd.DataFrame(
-            [
-                {**key._asdict(), "guess": guess, **values}
-                for key, cell in sorted(loaded.items())
-                for guess, values in (cell["result"].get("floors") or {}).items()
-            ],
-            columns=[*KEY, "guess", "PSNR", "SSIM"],
-        ),
-    }
-
-
-def _cell_row(key: CellKey, cell: dict[str, Any]) -> dict[str, Any]:
-    result = cell["result"]
-    overhead = result.get("overhead") or {}
-    plain = {name: result.get(name) for name in ("ACC", "ART", "rounds", "upload_bytes")}
-    spread = {f"overhead_{end}": overhead.get(end, np.nan) for end in ("low", "high", "pairs")}
-    return {
-        **key._asdict(),
-        "run_id": cell["run_id"],
-        "artifacts": cell["artifacts"],
-        "test_images": cell["test_images"],
-        **plain,
-        "overhead": overhead.get("median", np.nan),
-        **spread,
-    }
-
-
-def _images(loaded: dict[CellKey, dict[str, Any]]) -> pd.DataFrame:
-    frames = []
-    for key, cell in sorted(loaded.items()):
-        frame = pd.DataFrame(cell["result"].get("audits") or [], columns=IMAGE_COLUMNS)
-        frame["column"] = _table_column(key, frame)
-        frame["position"] = frame.groupby(["attack", "adversary", "round"]).cumcount()
-        frames.append(_keyed(key, frame))
-    images = pd.concat(frames, ignore_index=True)
-    images[["PSNR", "SSIM"]] = images[["PSNR", "SSIM"]].astype(float)
-    flags = ["capped", "stalled", "exhausted"]
-    images[flags] = images[flags].fillna(False).astype(bool)
-    return images
-
-
-def _table_column(key: CellKey, audits: pd.DataFrame) -> pd.Series:
-    """Return the column of the tables in which each audit counts: its defense's, or that of a muted attack.
-
-    The cell's own attack is the first that it lists; others, and other adversaries than the naive one, stand in
-    `images.csv` and the report's list of all audits only.
-    """
-    labels = audits["attack"].astype(str)
-    own = next((label for label in labels if not is_muted(label)), "")
-    column = labels.where(labels.map(is_muted).astype(bool) & (key.defense != BASELINE), "")
-    column = column.mask(labels == own, key.defense)
-    return column.where(audits["adversary"] == NAIVE, "")
-
-
-def _keyed(key: CellKey, frame: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([pd.DataFrame([key._asdict()] * len(frame), columns=KEY), frame], axis=1)
 
 
 def parsed(config: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from analysis.cells import FLAG, INTERVALS, MARKS, Piece, heading, notes, piece
 from analysis.contrast import MATERIAL, Difference, differences
 from analysis.figures import Picture
 from analysis.findings import Finding, attack_of, findings
-from analysis.load import KEY, CellKey, Comparison
+from analysis.frames import KEY, CellKey
+from analysis.load import Comparison
 from analysis.names import (
     GUESSES,
     METRICS,

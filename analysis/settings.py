@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.load import CellKey, parsed
+from analysis.frames import CellKey
+from analysis.load import parsed
 from analysis.names import dataset_title, look, table_name
 
 FACTORS = (

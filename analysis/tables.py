@@ -1,4 +1,4 @@
-"""The two tables of the slides, in their own layout, as Markdown, LaTeX and CSV and on the terminal."""
+"""The two tables of the slides, in their own layout, as Markdown and CSV and on the terminal."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.cells import FLAG, INTERVALS, LEGEND, ROWS, Piece, heading, notes, piece
-from analysis.latex import latex_table
-from analysis.load import IMAGE_COLUMNS, KEY, Comparison
-from analysis.names import METRICS, column_groups, group_title, table_title
+from analysis.frames import IMAGE_COLUMNS, KEY
+from analysis.load import Comparison
+from analysis.names import column_groups, group_title, table_title
 from analysis.summary import Block, Column, blocks_of, summarise
 
 BEST = "*"
@@ -19,10 +19,9 @@ COLUMNS_A_TABLE = 4
 """Columns of one terminal table: as many as fit 100 characters."""
 
 
-def markdown(comparison: Comparison, table: str) -> str:
+def markdown(blocks: list[Block]) -> str:
     """Return one table as Markdown, one data set below another."""
-    blocks = blocks_of(summarise(comparison), table)
-    parts = [f"# {table_title(table)}", f"Comparison `{comparison.name}`. {LEGEND} {INTERVALS}"]
+    parts = [f"# {table_title(blocks[0].table)}", f"{LEGEND} {INTERVALS}"]
     for block in blocks:
         parts += [f"## {heading(block)}", _markdown_grid(block), "\n".join(f"- {note}" for note in notes(block))]
     return "\n\n".join(parts) + "\n"
@@ -47,46 +46,25 @@ def _markdown_piece(part: Piece) -> str:
     return " ".join(text for text in (value + part.flag, part.margin, part.paper) if text)
 
 
-def latex(comparison: Comparison, table: str) -> str:
-    """Return one table as LaTeX (packages booktabs and graphicx), data sets side by side as in the slides."""
-    return latex_table(table, blocks_of(summarise(comparison), table))
-
-
-def csv(comparison: Comparison, table: str) -> str:
-    """Return one table as CSV: a row a data set and metric, the slides' columns each with its interval."""
-    blocks = blocks_of(summarise(comparison), table)
-    rows = [_csv_row(block, metric) for block in blocks for metric in METRICS]
+def csv(blocks: list[Block]) -> str:
+    """Return one table as CSV: a row a data set and column, each metric with interval, slides' figure and mark."""
+    rows = [_csv_row(block, column) for block in blocks for column in (block.baseline, *block.columns.values())]
     return pd.DataFrame(rows).to_csv(index=False)
 
 
-def _csv_row(block: Block, metric: str) -> dict[str, object]:
-    guess, floor = block.floors.get(metric, ("", None))
-    row: dict[str, object] = {
-        "dataset": block.dataset,
-        "metric": metric,
-        "unit": METRICS[metric].unit,
-        "floor": floor,
-        "floor_guess": guess,
-    }
-    for column in (block.baseline, *block.columns.values()):
-        row |= {f"{column.name}{end}": value for end, value in _csv_cell(column, metric).items()}
+def _csv_row(block: Block, column: Column) -> dict[str, object]:
+    counts = ("images", "seeds", "recovered", "stalled", "exhausted", "capped")
+    row: dict[str, object] = {"dataset": block.dataset, "column": column.name, "standing": block.standing(column)}
+    row |= {name: getattr(column, name) for name in counts}
+    for metric, score in column.scores.items():
+        row |= {metric: None, f"{metric}_low": None, f"{metric}_high": None}
+        if score.estimate is not None:
+            row |= {metric: score.estimate.value}
+            row |= {f"{metric}_low": score.estimate.low, f"{metric}_high": score.estimate.high}
+        row |= {f"{metric}_paper": score.paper, f"{metric}_best": score.best}
+        if metric in block.floors:
+            row |= {f"{metric}_floor": block.floors[metric][1], f"{metric}_floor_guess": block.floors[metric][0]}
     return row
-
-
-def _csv_cell(column: Column, metric: str) -> dict[str, object]:
-    score = column.scores[metric]
-    ours = score.estimate
-    return {
-        "": ours and ours.value,
-        "_low": ours and ours.low,
-        "_high": ours and ours.high,
-        "_paper": score.paper,
-        "_best": score.best,
-        "_images": column.images,
-        "_seeds": column.seeds,
-        "_stalled": column.stalled,
-        "_exhausted": column.exhausted,
-    }
 
 
 def images_csv(comparison: Comparison) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from analysis import tables
 from analysis.figures import draw_all
+from analysis.latex import latex
 from analysis.load import Comparison, load_comparison
 from analysis.report import report_html
-from analysis.summary import summarise
+from analysis.summary import blocks_of, summarise
 
-RENDERINGS = {"md": tables.markdown, "tex": tables.latex, "csv": tables.csv}
+RENDERINGS = {"md": tables.markdown, "tex": latex, "csv": tables.csv}
 
 
 def write_all(tracking_uri: str, name: str, output: Path) -> dict[str, Path]:
@@ -43,7 +44,7 @@ def _write(comparison: Comparison, folder: Path) -> None:
     blocks = summarise(comparison)
     for table in dict.fromkeys(block.table for block in blocks):
         for ending, render in RENDERINGS.items():
-            _save(folder / f"table_{table}.{ending}", render(comparison, table))
+            _save(folder / f"table_{table}.{ending}", render(blocks_of(blocks, table)))
     _save(folder / "images.csv", tables.images_csv(comparison))
     _save(folder / "configs" / "comparison.yaml", comparison.config)
     for key, config in comparison.configs.items():

@@ -1,6 +1,6 @@
 """What a defense is: two functions, one on the clients and one on the server, both the identity by default."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,8 +67,8 @@ class ClientContext:
 
     model: Model
     weights: Tensor
-    batches: list[ClientBatch]
-    generators: list[torch.Generator]
+    batches: Sequence[ClientBatch]
+    generators: Sequence[torch.Generator]
     public: Public = field(default_factory=dict)
     local_steps: int = 1
 

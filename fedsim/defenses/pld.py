@@ -6,13 +6,14 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
 from fedsim.defenses.base import ClientContext, Defense, DefenseSettings, Public, PublicContext
 from fedsim.defenses.pruning import pruned_count
+from fedsim.defenses.tangents import Unsupported, client_by_client, push_forward
 from fedsim.learning.models import Model
 
-PASS_VALUES = 2**19
+PASS_VALUES = 2**20
 """Input values, tangents included, that go through the network at once: it bounds memory."""
 
 
@@ -75,7 +76,7 @@ class PLD(Defense):
                     yield row, _score(*exact_norms(model, weights, images))[None]
                 continue
             probes = self._probes(batch.images, int(context.public["probe_seed"]))
-            width = max(1, PASS_VALUES // probes.numel())
+            width = 1 if model.has_batch_norm else max(1, PASS_VALUES // probes.numel())
             for rows, images in zip(batch.rows.split(width), batch.images.split(width), strict=True):
                 yield rows, _score(*probed_norms(model, weights, images, probes))
 
@@ -89,8 +90,8 @@ class PLD(Defense):
 def probed_norms(model: Model, weights: Tensor, images: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the norm of every feature's gradient by forward-mode products: E(J·v)_f² = ‖∂r_f/∂x‖².
 
-    The primal pass is shared by all probes, and the first layer's tangents by all clients. An estimate of few
-    probes is biased by a factor that is the same for all features, which a ranking ignores.
+    All probes share one pass of the images. An estimate of few probes is biased by a factor that is the same
+    for all features, which a ranking ignores.
 
     Args:
         model: The architecture.
@@ -102,18 +103,17 @@ def probed_norms(model: Model, weights: Tensor, images: Tensor, probes: Tensor) 
         Representations and estimated norms, each of shape [k, B, features].
     """
 
-    def client(images: Tensor) -> tuple[Tensor, Tensor]:
-        def push(probe: Tensor) -> tuple[Tensor, Tensor]:
-            pair = jvp(lambda x: model.representation(weights, x), (images,), (probe,))
-            return pair[0], pair[1]
-
-        # The primal does not depend on the probe: every row of the first output is the same.
-        primal, tangents = vmap(push)(probes)
-        return primal[0], tangents.square().mean(0).sqrt()
+    def represent(images: Tensor) -> Tensor:
+        return model.representation(weights, images)
 
     with torch.no_grad():
-        result: tuple[Tensor, Tensor] = vmap(client)(images)
-    return result
+        try:
+            # Batch norm couples the images of a batch: there clients must not share one.
+            push = client_by_client if model.has_batch_norm else push_forward
+            representations, tangents = push(represent, images, probes)
+        except Unsupported:
+            representations, tangents = client_by_client(represent, images, probes)
+        return representations, tangents.square().mean(0).sqrt()
 
 
 def exact_norms(model: Model, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:

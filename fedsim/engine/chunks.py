@@ -111,9 +111,15 @@ def _protect(
     schedules: list[list[Indices]],
     result: LocalResult,
 ) -> Tensor:
-    generators = [session.generator(Purpose.PROTECTION, task.round, client) for client in task.clients]
-    batches = [schedule[0] for schedule in schedules]
-    context = session.client_context(weights, public, batches, generators, len(schedules[0]))
+    context = session.client_context(
+        weights,
+        public,
+        batches=[schedule[0] for schedule in schedules],
+        purpose=Purpose.PROTECTION,
+        round_=task.round,
+        streams=list(task.clients),
+        local_steps=len(schedules[0]),
+    )
     return session.defense.protect(result.updates, context)
 
 
@@ -138,7 +144,7 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
     """
     training = session.spec.config.audit.payload == "training"
     purpose = Purpose.PROTECTION if training else Purpose.PROBE_PROTECTION
-    generators = [session.generator(purpose, round_, victim.stream) for victim in victims]
+    streams = [victim.stream for victim in victims]
     batches = [victim.images for victim in victims]
 
     def loss(at: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +157,7 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
         gradient, (_, seen) = grad_and_value(loss, has_aux=True)(weights, images, labels)
         gradients.append(gradient)
         statistics.append(seen.detach())
-    context = session.client_context(weights, public, batches, generators, local_steps=1)
+    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=1)
     protected = session.defense.protect(torch.stack(gradients), context)
     return Payload(
         session.aggregation.visible(protected).detach().cpu().numpy(), torch.stack(statistics).cpu().numpy()

@@ -1,7 +1,9 @@
 """What every process of the engine needs to know of one simulation, and what a worker builds from it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from fedsim.learning.batches import ImageStore, Indices, local_batches
 from fedsim.learning.models import Model, build_model
 from fedsim.learning.training import LocalTrainer, build_trainer, choose_execution
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,30 @@ class SessionSpec:
         rng = numpy_stream(self.config.seed, Purpose.BATCHES, round_, client)
         indices = self.partition.client(client)
         return local_batches(indices, rng, federation.batch_size, federation.local_steps, federation.local_epochs)
+
+
+class Lazy(Sequence[T]):
+    """A sequence that is made when it is first looked at."""
+
+    def __init__(self, make: Callable[[], list[T]]) -> None:
+        """Make the items by `make`."""
+        self._make = make
+
+    @cached_property
+    def _items(self) -> list[T]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        """Return an item or some."""
+        return self._items[index]
+
+    def __len__(self) -> int:
+        """Return how many items there are."""
+        return len(self._items)
 
 
 @dataclass
@@ -95,18 +124,37 @@ class Session:
         weights: Tensor,
         public: Public,
         batches: list[Indices],
-        generators: list[torch.Generator],
+        purpose: Purpose,
+        round_: int,
+        streams: list[int],
         local_steps: int,
     ) -> ClientContext:
-        """Gather what the clients of a chunk have when they protect; `batches[k]` is the first of client k."""
+        """Gather what K clients have when they protect; most defenses look at little of it, so it is made lazily.
+
+        Args:
+            weights: Global weights, shape [d].
+            public: What the defense published.
+            batches: First local batch of each client.
+            purpose: What the clients' private randomness is for.
+            round_: The round.
+            streams: Counter of each client's private randomness.
+            local_steps: Local steps that the clients took.
+        """
+        seed, device = self.spec.config.seed, self.device
+        return ClientContext(
+            model=self.model,
+            weights=weights,
+            batches=Lazy(lambda: self._client_batches(batches)),
+            generators=Lazy(lambda: [torch_stream(seed, purpose, round_, s, device=device) for s in streams]),
+            public=public,
+            local_steps=local_steps,
+        )
+
+    def _client_batches(self, batches: list[Indices]) -> list[ClientBatch]:
         sizes = np.array([len(batch) for batch in batches])
         groups = []
         for size in sorted(set(sizes.tolist())):
             rows = np.flatnonzero(sizes == size)
             images, labels = self.train_data.take(np.stack([batches[row] for row in rows]))
             groups.append(ClientBatch(torch.from_numpy(rows).to(self.device), images, labels))
-        return ClientContext(self.model, weights, groups, generators, public, local_steps)
-
-    def generator(self, purpose: Purpose, round_: int, client: int) -> torch.Generator:
-        """Return a client's private stream on this worker's device."""
-        return torch_stream(self.spec.config.seed, purpose, round_, client, device=self.device)
+        return groups
