@@ -6,13 +6,13 @@ from typing import Literal
 
 from analysis.contrast import Difference, differences, reversals
 from analysis.load import Comparison
-from analysis.names import METRICS, TABLES, attack_title, dataset_title, is_muted, listed, look
+from analysis.names import METRICS, MUTED_SUFFIX, TABLES, attack_title, dataset_title, is_muted, listed, look
 from analysis.summary import RECOVERED_PSNR, Block, Column, Standing, blocks_of
 
 Kind = Literal["scope", "ceiling", "protection", "leak", "caution", "cost", "paper"]
 
 ENOUGH_RECOVERED = 0.5
-"""Below this share of recovered images without a defense, an attack is too weak to test a defense by."""
+"""Below this share of recovered images without a defense, an attack is called weak."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +66,45 @@ def attack_of(block: Block) -> str:
 def _ceiling(blocks: list[Block]) -> list[Finding]:
     shown = [block for block in blocks if block.baseline.images]
     if not shown:
-        return [
-            Finding("caution", f"{attack_of(blocks[0])} was not tried without a defense: nothing shows its power.")
-        ]
+        text = f"{attack_of(blocks[0])} was not tried without a defense: nothing shows its power."
+        return [Finding("caution", text)]
     shares = listed(
         f"{b.baseline.recovered} of {b.baseline.images} {dataset_title(b.dataset)} images "
         f"({_mean(b.baseline, 'PSNR')} on average)"
         for b in shown
     )
     text = f"Without a defense {attack_of(blocks[0])} recovers {shares} above {RECOVERED_PSNR:.0f} dB."
-    weak = [b for b in shown if b.baseline.recovered < ENOUGH_RECOVERED * b.baseline.images]
-    found = [Finding("ceiling", text)]
-    if weak:
-        where = listed(dataset_title(block.dataset) for block in weak)
+    return [Finding("ceiling", text), *_weakness(shown)]
+
+
+def _weakness(blocks: list[Block]) -> list[Finding]:
+    """Return where the attack is too weak, by itself, to test a defense by."""
+    attack = attack_of(blocks[0])
+    blind = [b for b in blocks if not _beats_a_guess(b)]
+    weak = [b for b in blocks if b not in blind and b.baseline.recovered < ENOUGH_RECOVERED * b.baseline.images]
+    found = []
+    if blind:
         text = (
-            f"On {where} {attack_of(blocks[0])} recovers less than half of the images even without a defense: "
-            f"there, low figures in the defended columns are weak evidence of protection."
+            f"On {_named(blind)} {attack} is not shown to beat a blind guess even without a defense: "
+            "nothing in the defended columns is evidence of protection there."
+        )
+        found.append(Finding("caution", text))
+    if weak:
+        text = (
+            f"On {_named(weak)} {attack} recovers less than half of the images even without a defense: "
+            "what holds it off there may not hold off a stronger attack."
         )
         found.append(Finding("caution", text))
     return found
+
+
+def _beats_a_guess(block: Block) -> bool:
+    psnr, floor = block.baseline.scores["PSNR"].estimate, block.floors.get("PSNR")
+    return psnr is not None and floor is not None and psnr.low > floor[1]
+
+
+def _named(blocks: list[Block]) -> str:
+    return listed(dataset_title(block.dataset) for block in blocks)
 
 
 def _mean(column: Column, metric: str) -> str:
@@ -120,7 +140,7 @@ def _where(blocks: list[Block], standing: Standing, detailed: bool) -> str:
         elif hits and len(hits) == len(blocks):
             everywhere.append(look(name).short)
         elif hits:
-            somewhere.append(f"{look(name).short} on {listed(dataset_title(block.dataset) for block in hits)}")
+            somewhere.append(f"{look(name).short} on {_named(hits)}")
     scope = "every data set" if len(blocks) > 1 else dataset_title(blocks[0].dataset)
     whole = f"{listed(everywhere)} on {scope}" if everywhere else ""
     return "; ".join(part for part in (whole, listed(somewhere)) if part)
@@ -135,12 +155,12 @@ def _detail(block: Block, column: Column) -> str:
 def _muted(blocks: list[Block]) -> list[Finding]:
     found = []
     for name in dict.fromkeys(n for block in blocks for n in block.columns if is_muted(n)):
-        pairs = [
-            (b, b.columns[name.removesuffix("_muted")], b.columns[name]) for b in blocks if b.columns[name].images
-        ]
+        naive = name.removesuffix(MUTED_SUFFIX)
+        tried = [block for block in blocks if name in block.columns and block.columns[name].images]
+        pairs = [(block, block.columns[naive], block.columns[name]) for block in tried]
         undone = [trio for trio in pairs if _clearly_above(trio[2], trio[1])]
         level = [trio for trio in pairs if trio not in undone]
-        title = look(name.removesuffix("_muted")).short
+        title = look(naive).short
         if undone:
             text = f"Leaving the layer that {title} defends out of the matching undoes it: PSNR rises from"
             found.append(Finding("leak", f"{text} {listed(_rise(*trio) for trio in undone)}."))

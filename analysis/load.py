@@ -1,5 +1,6 @@
 """Read one comparison back from MLflow, which is all that tables, figures and the report ever see."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -86,10 +88,10 @@ class Comparison:
         """Return originals and reconstructions, uint8 [N·B, C, H, W] each, in audit order; None if not logged."""
         folder = str(self.cells.set_index(KEY).loc[tuple(key), "artifacts"])
         name = f"reconstructions/{attack}-{adversary}-r{round_index}.npz"
-        path = _artifact(self.tracking_uri, folder, name)
-        if path is None:
+        data = _artifact(self.tracking_uri, folder, name)
+        if data is None:
             return None
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(data)) as arrays:
             pair = (arrays["originals"], arrays["reconstructions"])
         originals, found = (images.reshape(-1, *images.shape[2:]) for images in pair)
         return originals, found
@@ -101,8 +103,8 @@ def load_comparison(tracking_uri: str, name: str) -> Comparison:
     Raises:
         ConfigError: If the store cannot be read, or holds no such comparison (the names that it holds are listed).
     """
-    client = _connect(tracking_uri)
-    parent = _find_parent(client, tracking_uri, name)
+    client, comparisons = _open_store(tracking_uri)
+    parent = _find(comparisons, tracking_uri, name)
     runs = _children(client, parent)
     loaded: dict[CellKey, dict[str, Any]] = {}
     unreadable = []
@@ -122,7 +124,7 @@ def load_comparison(tracking_uri: str, name: str) -> Comparison:
         run_id=parent.info.run_id,
         tracking_uri=tracking_uri,
         started=datetime.fromtimestamp(parent.info.start_time / 1000, UTC),
-        config=config.read_text(encoding="utf-8") if config else "",
+        config=config.decode("utf-8") if config else "",
         **frames(loaded),
         results={key: cell["result"] for key, cell in loaded.items()},
         configs={key: cell["config"] for key, cell in loaded.items()},
@@ -130,24 +132,27 @@ def load_comparison(tracking_uri: str, name: str) -> Comparison:
     )
 
 
-def _connect(tracking_uri: str) -> Any:
+def _open_store(tracking_uri: str) -> tuple[Any, list[Any]]:
+    """Return a client, and the runs of all comparisons, newest first."""
     # Creating a client on a missing SQLite file would leave an empty database behind.
-    path = Path(tracking_uri.split(":///", 1)[1].split("?")[0]) if tracking_uri.startswith("sqlite") else None
+    path = Path(tracking_uri.split(":///", 1)[1].split("?")[0]) if tracking_uri.startswith("sqlite:///") else None
     if path is not None and not path.exists():
         raise ConfigError(f"there is no tracking database at {path}")
+    # A wrong address should be told in seconds, not after MLflow's many minutes of retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri)
-
-
-def _find_parent(client: Any, tracking_uri: str, name: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
     try:
+        client = MlflowClient(tracking_uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = list(_search(client, experiments, "tags.`fedsim.kind` = 'comparison'"))
-    except MlflowException as error:
-        raise ConfigError(f"cannot read the tracking store at {tracking_uri}: {error}") from error
+        return client, list(_search(client, experiments, "tags.`fedsim.kind` = 'comparison'"))
+    except Exception as error:  # MLflow raises whatever its store's driver raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot read the tracking store at {tracking_uri}: {reason}") from error
+
+
+def _find(runs: list[Any], tracking_uri: str, name: str) -> Any:
     for run in runs:
         if name in (run.info.run_id, run.data.tags.get("fedsim.name")):
             return run
@@ -173,36 +178,35 @@ def _search(client: Any, experiments: list[str], query: str) -> Iterator[Any]:
             return
 
 
-def _artifact(tracking_uri: str, folder: str, name: str) -> Path | None:
+def _artifact(tracking_uri: str, folder: str, name: str) -> bytes | None:
+    """Return a run's file by its own address (by the run's id, MLflow asks the database four times a file)."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
-    try:
-        # By the artifact's own address: by its run's id, MLflow asks the database four times for each file.
-        path = Path(download_artifacts(artifact_uri=f"{folder}/{name}", tracking_uri=tracking_uri))
-    except (OSError, MlflowException):
-        return None
-    return path if path.exists() else None
+    with TemporaryDirectory() as scratch:
+        try:
+            path = download_artifacts(artifact_uri=f"{folder}/{name}", dst_path=scratch, tracking_uri=tracking_uri)
+            return Path(path).read_bytes()
+        except (OSError, MlflowException):
+            return None
 
 
 def _read_cell(tracking_uri: str, run: Any) -> tuple[CellKey, dict[str, Any]]:
     tags = run.data.tags
     key = CellKey(tags["fedsim.table"], tags["fedsim.dataset"], tags["fedsim.defense"], int(tags["fedsim.seed"]))
-    paths = {
-        name: _artifact(tracking_uri, run.info.artifact_uri, name)
-        for name in ("result.json", "rounds.csv", "config.yaml")
-    }
-    if paths["result.json"] is None:
+    names = ("result.json", "rounds.csv", "config.yaml")
+    result, rounds, config = (_artifact(tracking_uri, run.info.artifact_uri, name) for name in names)
+    if result is None:
         raise FileNotFoundError(f"{key} has no result.json")
-    result = json.loads(paths["result.json"].read_text(encoding="utf-8"))
-    float(result["ACC"])
+    summary = json.loads(result)
+    float(summary["ACC"])
     return key, {
         "run_id": run.info.run_id,
         "artifacts": run.info.artifact_uri,
         "test_images": _test_images(run),
-        "result": result,
-        "rounds": pd.read_csv(paths["rounds.csv"]) if paths["rounds.csv"] else pd.DataFrame(),
-        "config": paths["config.yaml"].read_text(encoding="utf-8") if paths["config.yaml"] else "",
+        "result": summary,
+        "rounds": pd.read_csv(io.BytesIO(rounds)) if rounds else pd.DataFrame(),
+        "config": config.decode("utf-8") if config else "",
     }
 
 

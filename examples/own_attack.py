@@ -17,7 +17,8 @@ from fedsim import Attack, ExperimentConfig, Observation, Reconstruction, Simula
 
 def perceptron(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Two linear layers on the flattened image."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 64), nn.ReLU(), nn.Linear(64, classes))
+    pixels = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 64), nn.ReLU(), nn.Linear(64, classes))
 
 
 class FirstLayer(Attack):

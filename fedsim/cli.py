@@ -34,8 +34,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.settings += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # A user's own module:function is looked for in the working directory first, as with `python -m`.
-    sys.path.insert(0, str(Path.cwd()))
+    # A user's own module:function may lie in the working directory, as with `python -m`.
+    sys.path.append(str(Path.cwd()))
     try:
         return int(options.handler(options))
     except FedsimError as error:

@@ -1,5 +1,6 @@
 """MLflow, written through one client: a run a simulation, one batch of metrics at a time."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -42,11 +43,10 @@ class Tracker:
         # A wrong address should be told in seconds, not after MLflow's many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        import logging
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
+
+        for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         try:
             self.client = MlflowClient(uri)

@@ -15,7 +15,10 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
-        (["defense.name=graddefence"], ["defense: unknown name 'graddefence'", "did you mean 'graddefense'", "pld"]),
+        (
+            ["defense.name=graddefence"],
+            ["defense: unknown name 'graddefence'", "did you mean 'graddefense'", "pld"],
+        ),
         (["data.name=imagenet"], ["data: unknown name 'imagenet'", "cifar10"]),
         (["attacks=[{name: dgl}]"], ["attacks.0: unknown name 'dgl'", "did you mean 'dlg'"]),
         (["fedaration.rounds=3"], ["unknown setting 'fedaration'", "did you mean 'federation'"]),
@@ -24,7 +27,10 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
         (["federation.clients=5"], ["federation", "clients_per_round is 10", "5 clients"]),
         (["defense={name: graddefense, perturbed: 11}"], ["defense", "11", "10"]),
         (["defense={name: dp_gaussian, sigma: -1}"], ["defense.sigma", "greater than or equal to 0", "-1"]),
-        (["data={name: digits, partition: {name: dirichlet, alpha: 0}}"], ["data.partition.alpha", "greater than 0"]),
+        (
+            ["data={name: digits, partition: {name: dirichlet, alpha: 0}}"],
+            ["data.partition.alpha", "greater than 0"],
+        ),
         (["audit.rounds=[101]", "attacks=[{name: dlg}]"], ["audit.rounds", "101", "100"]),
         (["attacks=[{name: dlg}, {name: dlg}]"], ["two share a label"]),
         (["runtime.workers=0"], ["runtime", "workers must be at least 1"]),

@@ -1,5 +1,10 @@
-"""Attacks."""
+"""Attacks: one method a file; the union below is the registry of their names."""
 
-from fedsim.attacks.base import AttackSettings
+from typing import Annotated
 
-AttackConfig = AttackSettings
+from pydantic import Field
+
+from fedsim.attacks.dlg import DLGConfig
+from fedsim.attacks.gia import GIAConfig
+
+AttackConfig = Annotated[DLGConfig | GIAConfig, Field(discriminator="name")]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -103,7 +102,7 @@ class GradDefense(Defense):
         if not torch.isfinite(risk).all():
             raise RunError("the leakage risk is not finite: training has diverged")
         cut = published_bounds if self.published else equal_risk_bounds
-        bounds = cut(risk.double().cpu().numpy().astype(np.float64), layout.sizes, settings.slices)
+        bounds = cut(risk.double().cpu().numpy(), layout.sizes, settings.slices)
         return {"slice_bounds": torch.from_numpy(bounds), "risk": risk}
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
@@ -111,7 +110,7 @@ class GradDefense(Defense):
         bounds = context.public["slice_bounds"].tolist()
         selected = self._select(context)
         protected = self._clipped(updates, selected, bounds, context)
-        noise, strength = context.normal(updates.shape[1]), self.settings.sigma * selected
+        noise, strength = context.normal(updates.shape[1]), self.settings.sigma * selected.to(updates)
         for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
             part = protected[:, start:stop]
             part.addcmul_(noise[:, start:stop], strength[:, index : index + 1])
@@ -144,9 +143,9 @@ class GradDefense(Defense):
     ) -> None:
         """Add the noise that each published slice but the first puts on the entry before it (trap 2)."""
         dimension = protected.shape[1]
-        before = torch.tensor([(start - 1) % dimension for start in bounds[1:-1]], device=protected.device)
-        noise = context.normal(len(before)) * strength[:, 1:]
-        protected.index_add_(1, before, noise)
+        starts = torch.tensor(bounds[1:-1], dtype=torch.long, device=protected.device)
+        noise = context.normal(len(starts)) * strength[:, 1:]
+        protected.index_add_(1, (starts - 1) % dimension, noise)
 
     def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:
         """Denoise `aggregate` [d]; what is removed waits for the next round if error feedback is on."""

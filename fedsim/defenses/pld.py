@@ -52,7 +52,7 @@ class PLD(Defense):
     def prepare(self, context: PublicContext) -> Public:
         """Publish the seed of the probes, which clients can then share: they hide nothing."""
         generator = context.generator
-        return {"probe_seed": torch.randint(2**62, (), generator=generator, device=generator.device)}
+        return {"probe_seed": torch.randint(2**62, (1,), generator=generator, device=generator.device)}
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
         """Return a copy of `updates` [K, d] with the columns of each client's lowest features zeroed."""

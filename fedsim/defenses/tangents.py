@@ -15,6 +15,8 @@ from torch.func import jvp, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+ImageFunction = Callable[[Tensor], Tensor]
+
 LINEAR_MAPS = {F.conv1d, F.conv2d, F.conv3d, F.linear}
 
 SLOPES: dict[Callable[..., Any], Callable[[Tensor, Tensor], Tensor]] = {
@@ -30,9 +32,7 @@ class Unsupported(Exception):
     """An operation that cannot carry tangents along; `torch.func` must do the whole function."""
 
 
-def push_forward(
-    function: Callable[[Tensor], Tensor], images: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
+def push_forward(function: ImageFunction, images: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the values and the directional derivatives of a function that treats images one by one.
 
     Args:
@@ -51,12 +51,10 @@ def push_forward(
         raise Unsupported("the result does not depend on the images")
     clients = images.shape[:2]
     values, tangents = result.primal, result.for_each_row()
-    return values.view(*clients, -1), tangents.view(len(directions), *clients, -1)
+    return values.reshape(*clients, -1), tangents.reshape(len(directions), *clients, -1)
 
 
-def client_by_client(
-    function: Callable[[Tensor], Tensor], images: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
+def client_by_client(function: ImageFunction, images: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """As `push_forward`, for any function of one client's batch [B, C, H, W], by `torch.func` alone."""
 
     def client(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +114,8 @@ class Dual(Tensor):
                 if any(isinstance(part, Tensor) for part in tree_flatten(value)[0]):
                     raise Unsupported(f"{func} returns several tensors")
                 return value
+            if not value.is_floating_point():
+                return value  # masks and indices have no derivative
             only = len(duals) == 1 and args[0] is duals[0]
             if only and func in LINEAR_MAPS:
                 tangents = _linear_map(func, args, kwargs or {})
@@ -136,7 +136,7 @@ def _linear_map(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 def _scaled(tangents: Tensor, slope: Tensor) -> Tensor:
     """Multiply tangents [P, M, ...] by the slope [N, ...] of an activation."""
-    by_client = slope.view(-1, *tangents.shape[1:])
+    by_client = slope.reshape(-1, *tangents.shape[1:])
     return (tangents[:, None] * by_client).flatten(1, 2)
 
 

@@ -146,9 +146,10 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
     purpose = Purpose.PROTECTION if training else Purpose.PROBE_PROTECTION
     streams = [victim.stream for victim in victims]
     batches = [victim.images for victim in victims]
+    model = session.model
 
     def loss(at: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, statistics = session.model.logits_and_statistics(at, images)
+        logits, statistics = model.logits_and_statistics(at, images)
         return F.cross_entropy(logits, labels), statistics
 
     gradients, statistics = [], []

@@ -1,7 +1,6 @@
 """The parameter-server actor: adds, compensates, steps, and keeps what a checkpoint needs."""
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from fedsim.aggregation.plain import PlainAggregation
 from fedsim.data.datasets import Dataset
 from fedsim.defenses.base import PublicContext, ServerContext
+from fedsim.engine.process import start_process
 from fedsim.engine.session import SessionSpec
 from fedsim.engine.worker import Handle
 from fedsim.errors import RunError
@@ -141,8 +141,7 @@ class ParameterServer:
 
     def __init__(self, sys_path: list[str]) -> None:
         """Start on one CPU thread; `sys_path` finds users' modules."""
-        sys.path += [path for path in sys_path if path not in sys.path]
-        torch.set_num_threads(1)
+        start_process(sys_path)
         self._sessions: dict[str, ServerSession] = {}
 
     def pid(self) -> int:

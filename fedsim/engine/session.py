@@ -20,7 +20,6 @@ from fedsim.learning.models import Model, build_model
 from fedsim.learning.training import LocalTrainer, build_trainer, choose_execution
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
 
-
 T = TypeVar("T")
 
 

@@ -1,7 +1,6 @@
 """The worker actor: one process that hosts as many clients as its chunk is wide."""
 
 import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fedsim.engine import chunks
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.process import start_process
 from fedsim.engine.session import Session
 from fedsim.learning.batches import as_tensor
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
@@ -26,8 +26,7 @@ class ClientWorker:
 
     def __init__(self, sys_path: list[str]) -> None:
         """Start on the GPU that Ray gave this actor, or on one CPU thread; `sys_path` finds users' modules."""
-        sys.path += [path for path in sys_path if path not in sys.path]
-        torch.set_num_threads(1)
+        start_process(sys_path)
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._sessions: dict[str, Session] = {}
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-from conftest import FLOORS, Store
 
 from analysis.frames import IMAGE_COLUMNS, CellKey
 from analysis.load import load_comparison
@@ -14,6 +13,7 @@ from fedsim.config import ExperimentConfig
 from fedsim.privacy.audit import AuditRow
 from fedsim.results import AuditResult, RunFolder, SimulationResult
 from fedsim.tracking import Tracker
+from tests.analysis.synthetic import FLOORS, Store
 
 KEY = CellKey("dga", "digits", "gc", 3)
 

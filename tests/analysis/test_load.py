@@ -3,12 +3,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Cell, Store, small_cells
 
 from analysis import frames
 from analysis.frames import CellKey
 from analysis.load import load_comparison
 from fedsim.errors import ConfigError
+from tests.analysis.synthetic import Cell, Store, small_cells
 
 
 def test_frames_hold_what_was_logged(store: Store, small: str) -> None:
@@ -100,3 +100,11 @@ def test_a_missing_database_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tracking database"):
         load_comparison(f"sqlite:///{path}", "small")
     assert not path.exists()
+
+
+def test_a_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(b"this is no database at all" * 100)
+    with pytest.raises(ConfigError, match="cannot read the tracking store") as caught:
+        load_comparison(f"sqlite:///{path}", "small")
+    assert "\n" not in str(caught.value)

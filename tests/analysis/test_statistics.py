@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -11,6 +11,7 @@ from analysis.statistics import Estimate, clearly_best, mean_interval, proportio
 VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=30)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_one_seed_is_students_t(values: list[float]) -> None:
     found = mean_interval(values, [0] * len(values))
@@ -40,6 +41,7 @@ def test_unbalanced_seeds_against_a_slow_reference() -> None:
     assert found.margin == pytest.approx(stats.t(2).ppf(0.975) * error)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_several_seeds_never_make_the_interval_narrower(values: list[float]) -> None:
     together = mean_interval(values, [0] * len(values))

@@ -74,6 +74,13 @@ def test_protection_is_the_clients_own_whatever_its_chunk(variant):
     assert torch.equal(together[1], alone[0])
 
 
+@pytest.mark.parametrize("variant", ["corrected", "published"])
+def test_a_single_slice_is_the_whole_gradient(variant):
+    one = defense(variant=variant, slices=1, perturbed=1)
+    context = client_context(MODEL, public={"slice_bounds": torch.tensor([0, D])})
+    assert (one.protect(torch.zeros(4, D).double(), context) != 0).all()
+
+
 def test_updates_are_left_alone():
     updates = draw(4, D)
     before = updates.clone()

@@ -8,7 +8,7 @@ from fedsim.defenses.pld import PLDConfig, exact_norms, probed_norms
 from tests.defenses.defense_cases import batch_group, client_context, draw, lenet, public_context, tiny_model
 
 BATCH_NORM = pytest.mark.parametrize("batch_norm", [False, True])
-PUBLIC = {"probe_seed": torch.tensor(11)}
+PUBLIC = {"probe_seed": torch.tensor([11])}
 
 
 def dense_norms(model, weights, images):
