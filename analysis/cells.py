@@ -74,7 +74,7 @@ def heading(block: Block) -> str:
 
 def notes(block: Block) -> list[str]:
     """Return what a reader needs beside the numbers: ceiling, floor, counts, and what cannot be counted."""
-    lines = [_ceiling(block), _floor(block), _counts(block), _flags(block), _capped(block)]
+    lines = [_ceiling(block), _floor(block), _counts(block), _failing(block), _flags(block), _capped(block)]
     return [line for line in lines if line]
 
 
@@ -106,6 +106,14 @@ def _span(counts: list[int]) -> str:
     if not counts:
         return ""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+
+
+def _failing(block: Block) -> str:
+    if block.attack_works:
+        return ""
+    return (
+        f"{FLAG} Even without a defense the attack is not shown to beat a blind guess: no column shows protection."
+    )
 
 
 def _flags(block: Block) -> str:

@@ -80,7 +80,7 @@ def _ceiling(blocks: list[Block]) -> list[Finding]:
 def _weakness(blocks: list[Block]) -> list[Finding]:
     """Return where the attack is too weak, by itself, to test a defense by."""
     attack = attack_of(blocks[0])
-    blind = [b for b in blocks if not _beats_a_guess(b)]
+    blind = [b for b in blocks if not b.attack_works]
     weak = [b for b in blocks if b not in blind and b.baseline.recovered < ENOUGH_RECOVERED * b.baseline.images]
     found = []
     if blind:
@@ -96,11 +96,6 @@ def _weakness(blocks: list[Block]) -> list[Finding]:
         )
         found.append(Finding("caution", text))
     return found
-
-
-def _beats_a_guess(block: Block) -> bool:
-    psnr, floor = block.baseline.scores["PSNR"].estimate, block.floors.get("PSNR")
-    return psnr is not None and floor is not None and psnr.low > floor[1]
 
 
 def _named(blocks: list[Block]) -> str:
@@ -134,6 +129,8 @@ def _where(blocks: list[Block], standing: Standing, detailed: bool) -> str:
     for name in dict.fromkeys(name for block in blocks for name in block.columns if not is_muted(name)):
         tried = [block for block in blocks if name in block.columns and block.standing(block.columns[name])]
         hits = [block for block in tried if block.standing(block.columns[name]) == standing]
+        if standing == "uncounted":
+            hits = [block for block in hits if block.columns[name].flagged]
         if hits and detailed:
             details = ", ".join(_detail(block, block.columns[name]) for block in hits)
             somewhere.append(f"{look(name).short} ({details})")

@@ -97,8 +97,8 @@ class Comparison:
         return originals, found
 
 
-def load_comparison(tracking_uri: str, name: str) -> Comparison:
-    """Read the newest comparison of that name, or the one whose parent run has that id.
+def load_comparison(tracking_uri: str, name: str | None = None) -> Comparison:
+    """Read the newest comparison of that name (of all, without a name), or the one whose parent run has that id.
 
     Raises:
         ConfigError: If the store cannot be read, or holds no such comparison (the names that it holds are listed).
@@ -117,7 +117,8 @@ def load_comparison(tracking_uri: str, name: str) -> Comparison:
             loaded[key] = cell
     if not loaded:
         reason = f" ({unreadable[0]})" if unreadable else ""
-        raise ConfigError(f"comparison {name!r} has no finished cell yet{reason}")
+        title = parent.data.tags.get("fedsim.name", parent.info.run_id)
+        raise ConfigError(f"comparison {title!r} has no finished cell yet{reason}")
     config = _artifact(tracking_uri, parent.info.artifact_uri, "comparison.yaml")
     return Comparison(
         name=parent.data.tags.get("fedsim.name", parent.info.run_name),
@@ -152,13 +153,14 @@ def _open_store(tracking_uri: str) -> tuple[Any, list[Any]]:
         raise ConfigError(f"cannot read the tracking store at {tracking_uri}: {reason}") from error
 
 
-def _find(runs: list[Any], tracking_uri: str, name: str) -> Any:
+def _find(runs: list[Any], tracking_uri: str, name: str | None) -> Any:
     for run in runs:
-        if name in (run.info.run_id, run.data.tags.get("fedsim.name")):
+        if name is None or name in (run.info.run_id, run.data.tags.get("fedsim.name")):
             return run
     names = sorted({run.data.tags.get("fedsim.name", run.info.run_id) for run in runs})
     known = f"it holds: {', '.join(names)}" if names else "it holds none"
-    raise ConfigError(f"no comparison named {name!r} in {tracking_uri}; {known}")
+    wanted = "comparison" if name is None else f"comparison named {name!r}"
+    raise ConfigError(f"no {wanted} in {tracking_uri}; {known}")
 
 
 def _children(client: Any, parent: Any) -> list[Any]:

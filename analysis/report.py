@@ -32,7 +32,7 @@ STANDINGS = {
     "floor": ("●", "no closer than a blind guess"),
     "leaks": ("▲", "closer than a blind guess"),
     "unclear": ("?", "the intervals cannot tell"),
-    "uncounted": (FLAG, "attack stalled or out of budget: shows nothing"),
+    "uncounted": (FLAG, "shows nothing: attack stalled, out of budget, or failing even without a defense"),
 }
 
 

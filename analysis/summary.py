@@ -19,7 +19,7 @@ RECOVERED_PSNR = 30.0
 
 Standing = Literal["floor", "leaks", "unclear", "uncounted"]
 """What a cell shows: the attack is no better than a blind guess, in PSNR and SSIM; it is better in one of them;
-the intervals cannot tell; or it stalled or ran out of budget, so that its failure shows nothing."""
+the intervals cannot tell; or nothing: the attack stalled, ran out of budget or fails even without a defense."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class Block:
         """All columns that hold a result, no defense first."""
         return [c for c in (self.baseline, *self.columns.values()) if c.seeds]
 
+    @property
+    def attack_works(self) -> bool:
+        """Whether the attack beats a blind guess without a defense; taken for granted where nobody tried."""
+        return self.standing(self.baseline) in ("leaks", None)
+
     def standing(self, column: Column) -> Standing | None:
         """Return what PSNR and SSIM of a column show; None without images or floors."""
         pairs = [(column.scores[metric].estimate, floor) for metric, (_, floor) in self.floors.items()]
@@ -100,7 +105,7 @@ class Block:
             return None
         if column.recovered or any(estimate.low > floor for estimate, floor in known):
             return "leaks"
-        if column.flagged:
+        if column.flagged or not (column is self.baseline or self.attack_works):
             return "uncounted"
         return "floor" if all(estimate.high <= floor for estimate, floor in known) else "unclear"
 
@@ -206,12 +211,12 @@ def _with_best_marked(block: Block) -> dict[str, Column]:
             for name in block.columns
             if not is_muted(name) and (estimate := _against_strongest(block, name, metric))
         }
-        seen_through = metric in block.floors
+        about_privacy = metric in ("PSNR", "SSIM")
         winners = clearly_best(
             candidates,
-            barred=_barred(block) if metric in ("PSNR", "SSIM") else frozenset(),
+            barred=_barred(block) if about_privacy else frozenset(),
             lower_is_better=kind.lower_is_better,
-            floor=block.floors[metric][1] if seen_through else -np.inf,
+            floor=block.floors[metric][1] if metric in block.floors else -np.inf,
         )
         for name in winners:
             scores = marked[name].scores
@@ -227,5 +232,6 @@ def _against_strongest(block: Block, name: str, metric: str) -> Estimate | None:
 
 
 def _barred(block: Block) -> frozenset[str]:
-    flagged = [name for name, column in block.columns.items() if column.flagged]
+    """Return the defenses whose protection does not count."""
+    flagged = [name for name, column in block.columns.items() if column.flagged or not block.attack_works]
     return frozenset(name.removesuffix(MUTED_SUFFIX) for name in flagged)

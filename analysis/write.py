@@ -14,14 +14,14 @@ from analysis.summary import blocks_of, summarise
 RENDERINGS = {"md": tables.markdown, "tex": latex, "csv": tables.csv}
 
 
-def write_all(tracking_uri: str, name: str, output: Path) -> dict[str, Path]:
+def write_all(tracking_uri: str, name: str | None, output: Path) -> dict[str, Path]:
     """Write tables, figures, the row-an-image CSV, the cells' configurations and the report.
 
     All is made in a folder of its own first and then moved, file by file, so that a failure leaves what was there.
 
     Args:
         tracking_uri: MLflow's store.
-        name: The comparison's name (its newest run), or the id of its parent run.
+        name: The comparison's name (its newest run), or the id of its parent run; None: the newest of all.
         output: Folder to write to; made if it is not there, other files in it are left alone.
 
     Returns:

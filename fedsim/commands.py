@@ -165,8 +165,9 @@ def _write_report(uri: str, name: str | None, root: Path, console: Any) -> None:
 
     comparison = load_comparison(uri, name)
     print_tables(comparison, console)
-    for path in write_all(uri, comparison.run_id, root / comparison.name).values():
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    folder = root / comparison.name
+    written = write_all(uri, comparison.run_id, folder)
+    console.print(f"wrote {len(written)} files to {folder}; the summary is {folder / 'report.html'}", soft_wrap=True)
 
 
 def _tables(options: Namespace) -> int:
@@ -178,9 +179,7 @@ def _tables(options: Namespace) -> int:
 
 
 def _report(options: Namespace) -> int:
-    _write_report(
-        _store(options), options.name, options.output / options.name if options.name else None, _console()
-    )
+    _write_report(_store(options), options.name, options.output, _console())
     return 0
 
 

@@ -224,11 +224,12 @@ class _Run:
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
         )
         found = self.federation.attack(payload, job)
+        at_truth = self.federation.matching_loss(payload, job, truth.images, truth.labels)
         result = AuditResult(
             attack=settings.title,
             adversary=adversary,
             round=round_,
-            rows=audit.score(truth, found, victims, settings.title, adversary, round_),
+            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, round_),
             originals=audit.as_bytes(truth.images),
             reconstructions=audit.as_bytes(found.images),
         )

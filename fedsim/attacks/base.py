@@ -3,6 +3,7 @@
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
@@ -21,6 +22,19 @@ class Attack:
             ConfigError: If the observation lacks what the attack needs.
         """
         raise NotImplementedError
+
+    def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor | None:
+        """Return the loss of given images, shape [N], as `Reconstruction.loss` measures it; None if it has none.
+
+        The audit asks for it at the private images: an attack that ended above the loss of the truth failed at
+        optimising, whatever the defense did.
+
+        Args:
+            observation: What the server saw.
+            images: Images, shape [N, B, C, H, W].
+            labels: Their labels, shape [N, B].
+        """
+        return None
 
 
 class AttackSettings(Schema):

@@ -1,4 +1,5 @@
 """GIA, provisional."""
+
 import time
 from typing import Literal
 import torch
@@ -48,4 +49,6 @@ class GIA(Attack):
             opt.step()
             x.clamp_(0, 1)
         no = torch.zeros(o.victims, dtype=torch.bool)
-        return Reconstruction(bx, o.labels, best, torch.full((o.victims,), self.s.iterations), no, no, time.perf_counter() - t)
+        return Reconstruction(
+            bx, o.labels, best, torch.full((o.victims,), self.s.iterations), no, no, time.perf_counter() - t
+        )

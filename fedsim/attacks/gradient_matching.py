@@ -24,8 +24,21 @@ PIECE_BYTES = 128 * 2**20
 """Problems are evaluated in pieces whose parameter gradients take at most this many bytes."""
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the N victims sent, without the ignored parameters.
+
+    Attributes:
+        vectors: Gradients, shape [N, e].
+        sizes: Number of entries of each parameter in them, in layout order; they sum to e.
+    """
+
+    vectors: Tensor
+    sizes: tuple[int, ...]
+
+
 class Distance(Protocol):
-    """How far gradients are from what victims sent; made from the victims' gradients [N, e]."""
+    """How far gradients are from what victims sent; made from `Targets`."""
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """Compare gradients [m, e] with those of `victims` [m].
@@ -44,9 +57,9 @@ class SquaredError:
     Source: Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019 (without the division).
     """
 
-    def __init__(self, targets: Tensor) -> None:
-        """Take what the victims sent, shape [N, e]."""
-        self.targets, self.scale = targets, 1 / _positive(targets.square().sum(1))
+    def __init__(self, targets: Targets) -> None:
+        """Take what the victims sent."""
+        self.targets, self.scale = targets.vectors, 1 / _positive(targets.vectors.square().sum(1))
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
@@ -55,15 +68,37 @@ class SquaredError:
         return loss, residual.mul_(2 * scale[:, None])
 
 
+class BalancedError:
+    """Σₗ ‖gₗ − tₗ‖²/‖tₗ‖ over parameters l, divided by Σₗ ‖tₗ‖, its value for a gradient of zero.
+
+    Between the plain error, in which the last layer hides the others, and relative errors alone, in which the
+    weakest layer counts as much as any. Only for gradients that were sent as they are: noise of the same strength
+    in every entry is best matched by the plain error.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        """Take what the victims sent."""
+        norms = torch.stack([part.norm(dim=1) for part in targets.vectors.split(targets.sizes, 1)], 1)
+        weights = 1 / (_positive(norms) * _positive(norms.sum(1, keepdim=True)))
+        sizes = torch.tensor(targets.sizes, device=norms.device)
+        self.targets, self.weights = targets.vectors, weights.repeat_interleave(sizes, 1)
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual = gradients - self.targets[victims]
+        weighted = residual * self.weights[victims]
+        return (weighted * residual).sum(1), weighted.mul_(2)
+
+
 class CosineDistance:
     """1 − cos∠(g, t) over the whole gradient.
 
     Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, equation 4.
     """
 
-    def __init__(self, targets: Tensor) -> None:
-        """Take what the victims sent, shape [N, e]."""
-        self.directions = targets / _positive(targets.norm(dim=1))[:, None]
+    def __init__(self, targets: Targets) -> None:
+        """Take what the victims sent."""
+        self.directions = targets.vectors / _positive(targets.vectors.norm(dim=1))[:, None]
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
@@ -95,7 +130,7 @@ class GradientMatching:
     def __init__(
         self,
         observation: Observation,
-        distance: Callable[[Tensor], Distance],
+        distance: Callable[[Targets], Distance],
         ignore: tuple[str, ...] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,20 +138,22 @@ class GradientMatching:
 
         Args:
             observation: What the server saw.
-            distance: Makes the distance from the victims' gradients.
+            distance: Makes the distance from what the victims sent.
             ignore: Shell patterns of parameters that are left out on both sides.
             dtype: Floating-point type to work in; that of the weights if None.
 
         Raises:
             ConfigError: If a pattern matches nothing, if nothing is left to match, or if a gradient is not finite.
         """
-        weights = observation.weights.to(dtype)
-        self.kept = kept_spans(observation.model.layout, ignore)
+        weights, layout = observation.weights.to(dtype), observation.model.layout
+        kept = kept_parameters(layout, ignore)
+        self.spans = [layout.span(name) for name in kept]
+        self.whole = len(kept) == len(layout.names)
         targets = self._select(observation.gradients.to(weights))
         for victim, finite in enumerate(torch.isfinite(targets).all(1).tolist()):
             if not finite:
                 raise ConfigError(f"the gradient of victim {victim} holds values that are not finite")
-        self.distance = distance(targets)
+        self.distance = distance(Targets(targets, tuple(span.stop - span.start for span in self.spans)))
         self.engine = chain_of(observation.model, weights) or Autodiff(observation.model, weights)
         self.dimension = len(weights)
         one = len(weights) * weights.element_size()
@@ -137,24 +174,21 @@ class GradientMatching:
 
     def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradients, pullback = self.engine.gradients(images, probabilities)
-        loss, by_kept = self.distance(self._select(gradients), victims)
-        return loss, *pullback(self._spread(by_kept))
+        loss, by_selected = self.distance(self._select(gradients), victims)
+        return loss, *pullback(self._spread(by_selected))
 
     def _select(self, vectors: Tensor) -> Tensor:
-        if self.kept is None:
-            return vectors
-        return torch.cat([vectors[:, span] for span in self.kept], 1)
+        return vectors if self.whole else torch.cat([vectors[:, span] for span in self.spans], 1)
 
-    def _spread(self, kept: Tensor) -> Tensor:
-        if self.kept is None:
-            return kept
-        whole = kept.new_zeros(len(kept), self.dimension)
-        start = 0
-        for span in self.kept:
-            width = span.stop - span.start
-            whole[:, span] = kept[:, start : start + width]
-            start += width
-        return whole
+    def _spread(self, selected: Tensor) -> Tensor:
+        if self.whole:
+            return selected
+        spread, start = selected.new_zeros(len(selected), self.dimension), 0
+        for span in self.spans:
+            end = start + span.stop - span.start
+            spread[:, span] = selected[:, start:end]
+            start = end
+        return spread
 
 
 class Autodiff:
@@ -181,8 +215,8 @@ class Autodiff:
         return gradients.detach(), pullback
 
 
-def kept_spans(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[slice] | None:
-    """Return the spans of the flat vector that no pattern matches, or None if there are no patterns.
+def kept_parameters(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[str]:
+    """Return the names that no shell pattern of `ignore` matches.
 
     Raises:
         ConfigError: If a pattern matches no parameter, or the patterns match all of them.
@@ -193,7 +227,7 @@ def kept_spans(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[slice] 
     kept = [name for name in layout.names if not any(fnmatchcase(name, p) for p in ignore)]
     if not kept:
         raise ConfigError("ignore: nothing is left to match")
-    return [layout.span(name) for name in kept] if ignore else None
+    return kept
 
 
 def _positive(norms: Tensor) -> Tensor:

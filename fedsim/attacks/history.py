@@ -60,6 +60,8 @@ class History:
 
     def forget(self, rows: Tensor) -> None:
         """Drop all pairs of problems `rows` [M], bool."""
+        if not rows.any():
+            return
         for tensor in (self.s, self.y, self.inverse, self.gram, self.curvature, self.count):
             tensor[rows] = 0
         self.scale[rows] = 1

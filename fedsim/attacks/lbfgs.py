@@ -12,8 +12,11 @@ from fedsim.attacks.wolfe import Search
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps points [m, n] of the problems [m] (their indices) to losses [m] and gradients [m, n]."""
 
-FLAT = 1e-10
+UNCURVED = 1e-10
 """Least cosine between a step and its change of gradient for the pair to tell anything about curvature."""
+
+PATIENCE = 5
+"""Steps in a row that must promise next to nothing before a point counts as stationary."""
 
 SIGNIFICANT = 0.01
 """A loss still falls if the last tenth of the budget lowered it by at least this share."""
@@ -26,15 +29,17 @@ class LBFGS:
     Attributes:
         iterations: Most steps of one problem.
         history: Curvature pairs kept.
-        loss_tolerance: A problem is solved at this loss; losses should be scaled so that it means something.
-        gradient_tolerance: A problem is at a stationary point when its gradient's norm has fallen to this share
-            of the norm at its start.
+        solved: A problem is solved at this loss; scale the losses so that it means something.
+        stationary: A point is stationary when the quasi-Newton step promises to lower the loss by no more than
+            this share of it (half the Newton decrement, −½∇ᵀp / loss), `PATIENCE` times in a row. Unlike a bound
+            on the gradient's norm, it is the same whatever the units of loss and variables: in gradient matching
+            the norm falls by seven orders of magnitude while the image has hardly begun to appear.
     """
 
     iterations: int
     history: int = 100
-    loss_tolerance: float = 0.0
-    gradient_tolerance: float = 1e-5
+    solved: float = 0.0
+    stationary: float = 1e-4
 
 
 @dataclass
@@ -46,9 +51,9 @@ class Minimum:
         loss: Its loss, shape [M].
         iterations: Steps taken, shape [M].
         evaluations: Evaluations of the objective, shape [M].
-        converged: Solved, or at a stationary point (see `LBFGS`), shape [M].
-        stalled: Stopped without being either: no step lowered the loss, or it hardly fell any more, shape [M].
-        exhausted: The budget ran out while the loss was still falling, shape [M].
+        converged: Solved, or at a stationary point (see `LBFGS`), shape [M], bool.
+        stalled: Neither, yet no step lowers the loss, or a tenth of the budget hardly did, shape [M], bool.
+        exhausted: The budget ran out while the loss was still falling, shape [M], bool.
     """
 
     x: Tensor
@@ -92,7 +97,7 @@ class _Run:
         "loss",
         "gradient",
         "direction",
-        "first_norm",
+        "idle",
         "iterations",
         "evaluations",
         "mark",
@@ -107,23 +112,15 @@ class _Run:
         self.x = self.best_x = start
         self.loss, self.gradient = objective(start, self.problems)
         self.best_loss = self.mark = self.loss
-        self.first_norm = self.gradient.norm(dim=1)
-        self.iterations = torch.zeros_like(self.problems)
+        self.iterations, self.idle = torch.zeros_like(self.problems), torch.zeros_like(self.problems)
         self.evaluations = torch.ones_like(self.problems)
         no = torch.zeros_like(self.problems, dtype=torch.bool)
-        self.result = Minimum(
-            start.clone(),
-            self.loss.clone(),
-            self.iterations.clone(),
-            self.evaluations.clone(),
-            no,
-            no.clone(),
-            no.clone(),
-        )
+        counts = self.iterations.clone(), self.evaluations.clone()
+        self.result = Minimum(start.clone(), self.loss.clone(), *counts, no, no.clone(), no.clone())
         self.history = History(len(start), start.shape[1], settings.history, start)
         self.direction = -self.gradient
         self.search = self._searches(self.direction)
-        self._retire(~no, ~torch.isfinite(self.loss))
+        self._retire(~no, ~(torch.isfinite(self.loss) & torch.isfinite(self.gradient).all(1)))
 
     def tick(self) -> None:
         """Evaluate the trial step of every problem, and let those whose search is done move on."""
@@ -149,7 +146,7 @@ class _Run:
         hopeless = failed & (self.history.count == 0)
         # A failed search may be the fault of stale curvature: try once more along the steepest descent.
         self.history.forget(failed)
-        self.history.push(moved & ((s * y).sum(1) > FLAT * s.norm(dim=1) * y.norm(dim=1)), s, y)
+        self.history.push(moved & ((s * y).sum(1) > UNCURVED * s.norm(dim=1) * y.norm(dim=1)), s, y)
         left = self._retire(done, hopeless)
         if len(left):
             self._aim(done[left])
@@ -157,9 +154,12 @@ class _Run:
     def _aim(self, rows: Tensor) -> None:
         """Start a new search for the problems `rows` [m], bool."""
         direction = self.history.direction(self.gradient)
-        uphill = rows & ~((direction * self.gradient).sum(1) < 0)
+        promise = -0.5 * (direction * self.gradient).sum(1)
+        uphill = rows & ~(promise > 0)
         self.history.forget(uphill)
         direction = torch.where(uphill[:, None], -self.gradient, direction)
+        small = (promise <= self.settings.stationary * self.loss.abs()) & (self.history.count > 0)
+        self.idle = torch.where(rows, torch.where(small, self.idle + 1, 0), self.idle)
         self.direction = torch.where(rows[:, None], direction, self.direction)
         self.search.update(rows, self._searches(direction))
 
@@ -173,8 +173,7 @@ class _Run:
     def _retire(self, done: Tensor, hopeless: Tensor) -> Tensor:
         """Write down the problems that end among those `done`, drop them, and return who is left."""
         settings = self.settings
-        solved = self.loss <= settings.loss_tolerance
-        solved = solved | (self.gradient.norm(dim=1) <= settings.gradient_tolerance * self.first_norm)
+        solved = (self.loss <= settings.solved) | (self.idle >= PATIENCE) | ~self.gradient.any(1)
         spent = self.iterations >= settings.iterations
         ends = done & (solved | hopeless | spent)
         falling = self.loss < (1 - SIGNIFICANT) * self.mark

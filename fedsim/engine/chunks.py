@@ -1,7 +1,7 @@
 """What a worker computes: one chunk of a round, one probe of victims, one part of an evaluation. No Ray here."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,6 +64,11 @@ class AttackJob:
     batch_size: int
     labels: Indices | None
     seeds: tuple[int, ...]
+
+    def select(self, victims: slice) -> "AttackJob":
+        """Return the job for some of the victims."""
+        labels = None if self.labels is None else self.labels[victims]
+        return replace(self, labels=labels, seeds=self.seeds[victims])
 
 
 def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask) -> tuple[Tensor, ChunkReport]:
@@ -167,8 +172,23 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
 
 def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> Reconstruction:
     """Attack the victims of `payload`, whose gradients were taken at `weights` [d]."""
+    observation = _observation(session, weights, payload, job)
+    return session.spec.config.attacks[job.attack].build().reconstruct(observation).cpu()
+
+
+def matching_loss(
+    session: Session, weights: Tensor, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor
+) -> Tensor | None:
+    """Return the attack's loss at the private images, shape [N]: for the audit, never for an attack."""
+    observation = _observation(session, weights, payload, job)
+    attack = session.spec.config.attacks[job.attack].build()
+    loss = attack.matching_loss(observation, images.to(session.device), labels.to(session.device))
+    return None if loss is None else loss.detach().cpu()
+
+
+def _observation(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> Observation:
     device = session.device
-    observation = Observation(
+    return Observation(
         model=session.model,
         weights=weights,
         gradients=as_tensor(payload.gradients, device),
@@ -177,7 +197,6 @@ def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) 
         labels=None if job.labels is None else as_tensor(job.labels, device),
         seeds=job.seeds,
     )
-    return session.spec.config.attacks[job.attack].build().reconstruct(observation).cpu()
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError
+from torch import Tensor
 
 from fedsim.data.datasets import Dataset
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
@@ -125,14 +127,22 @@ class Federation:
 
     def attack(self, payload: Payload, job: AttackJob) -> Reconstruction:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers."""
-        width, total = self.spec.config.audit.victims_per_shard, len(job.seeds)
-        calls = []
-        for at in range(0, total, width):
-            part = slice(at, at + width)
-            labels = None if job.labels is None else job.labels[part]
-            shard = AttackJob(job.attack, job.batch_size, labels, job.seeds[part])
-            calls.append((self._handle, self._output.weights, payload.select(part), shard))
+        shards = self._shards(job)
+        calls = [(self._handle, self._output.weights, payload.select(part), job.select(part)) for part in shards]
         return Reconstruction.join(self._gather("attack", calls, "an attack"))
+
+    def matching_loss(self, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor) -> Tensor | None:
+        """Return the attack's loss at the private images [N, B, C, H, W], shape [N]; None if it has none."""
+        calls = [
+            (self._handle, self._output.weights, payload.select(p), job.select(p), images[p], labels[p])
+            for p in self._shards(job)
+        ]
+        parts = self._gather("matching_loss", calls, "a matching loss")
+        return None if any(part is None for part in parts) else torch.cat(parts)
+
+    def _shards(self, job: AttackJob) -> list[slice]:
+        width = self.spec.config.audit.victims_per_shard
+        return [slice(at, at + width) for at in range(0, len(job.seeds), width)]
 
     def close(self) -> None:
         """Let every process drop the simulation."""

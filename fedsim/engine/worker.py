@@ -66,6 +66,13 @@ class ClientWorker:
         """See `chunks.attack`."""
         return chunks.attack(self._session(handle), self._tensor(weights), payload, job)
 
+    def matching_loss(
+        self, handle: Handle, weights: Array, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor
+    ) -> Tensor | None:
+        """See `chunks.matching_loss`."""
+        session = self._session(handle)
+        return chunks.matching_loss(session, self._tensor(weights), payload, job, images, labels)
+
     def _session(self, handle: Handle) -> Session:
         key, references = handle
         if key not in self._sessions:

@@ -36,9 +36,10 @@ class AuditRow:
         SSIM: −1 … 1.
         capped: The true PSNR is above 100 dB.
         loss: Matching loss that the attack reached.
+        loss_at_truth: Its loss at the private images; None for an attack without a matching loss.
         iterations: Optimiser steps of the restart that counted.
-        stalled: The optimiser got stuck far from a solution: says nothing about the defense.
-        exhausted: The budget ran out while the loss was still falling: neither.
+        stalled: The optimiser ended above the loss of the truth and gained no more: it failed by itself.
+        exhausted: It ended above the loss of the truth, still gaining, when its budget ran out.
         seconds: Worker time an image.
     """
 
@@ -53,6 +54,7 @@ class AuditRow:
     SSIM: float
     capped: bool
     loss: float
+    loss_at_truth: float | None
     iterations: int
     stalled: bool
     exhausted: bool
@@ -100,17 +102,46 @@ class GroundTruth:
         return cls(*data.take(indices))
 
 
+SOLVED = 1e-6
+"""An attack whose loss, relative to that of a gradient of zero, is below this has matched what it saw."""
+SLACK = 1.001
+"""Share by which rounding may lift a loss above that of the truth."""
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """Whether the attack on each victim was good enough to tell something about the defense, each [N], bool.
+
+    An attack that ended above the loss of the private images themselves did not even find the best point that
+    is known: its failure says nothing about the defense. One that ended at or below was misled by the defense, or
+    was right. Without a loss at the truth, the attack's own word counts.
+    """
+
+    stalled: Tensor
+    exhausted: Tensor
+
+    @classmethod
+    def of(cls, found: Reconstruction, loss_at_truth: Tensor | None) -> "Soundness":
+        """Judge what an attack returned."""
+        if loss_at_truth is None:
+            return cls(found.stalled, found.exhausted)
+        failed = found.loss > torch.clamp(loss_at_truth * SLACK, min=SOLVED)
+        return cls(failed & ~found.exhausted, failed & found.exhausted)
+
+
 def score(
     truth: GroundTruth,
-    reconstruction: Reconstruction,
+    found: Reconstruction,
+    loss_at_truth: Tensor | None,
     victims: Sequence[Victim],
     attack: str,
     adversary: str,
     round_: int,
 ) -> list[AuditRow]:
     """Score what an attack returned: one row an image."""
-    scores = metrics.score(truth.images, reconstruction.images)
-    seconds = reconstruction.seconds / max(1, len(scores))
+    scores = metrics.score(truth.images, found.images)
+    seconds = found.seconds / max(1, len(scores))
+    sound = Soundness.of(found, loss_at_truth)
     return [
         AuditRow(
             attack=attack,
@@ -123,10 +154,11 @@ def score(
             PSNR=row.PSNR,
             SSIM=row.SSIM,
             capped=row.capped,
-            loss=float(reconstruction.loss[row.victim]),
-            iterations=int(reconstruction.iterations[row.victim]),
-            stalled=bool(reconstruction.stalled[row.victim]),
-            exhausted=bool(reconstruction.exhausted[row.victim]),
+            loss=float(found.loss[row.victim]),
+            loss_at_truth=None if loss_at_truth is None else float(loss_at_truth[row.victim]),
+            iterations=int(found.iterations[row.victim]),
+            stalled=bool(sound.stalled[row.victim]),
+            exhausted=bool(sound.exhausted[row.victim]),
             seconds=seconds,
         )
         for row in scores

@@ -48,6 +48,7 @@ def test_the_newest_of_a_name_wins_and_an_id_finds_the_older(store: Store) -> No
     older = store.comparison("twice", [Cell("dga", "digits", "none", [10.0], acc=0.1)])
     newer = store.comparison("twice", [Cell("dga", "digits", "none", [20.0], acc=0.2)])
     assert load_comparison(store.uri, "twice").run_id == newer
+    assert load_comparison(store.uri).run_id == newer
     assert load_comparison(store.uri, older).cells["ACC"].tolist() == [0.1]
 
 

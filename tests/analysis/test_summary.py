@@ -88,6 +88,19 @@ def test_one_recovered_victim_is_a_leak_whatever_the_mean_says(store: Store) -> 
     assert block.standing(block.columns["gc"]) == "leaks"
 
 
+def test_an_attack_that_fails_by_itself_shows_no_protection(store: Store) -> None:
+    cells = [Cell("dga", "digits", "none", [9.0, 10.0, 11.0])]
+    cells += [Cell("dga", "digits", "gc", [4.0, 4.1, 4.2]), Cell("dga", "digits", "pld", [20.0, 20.1, 20.2])]
+    store.comparison("failing", cells)
+    (block,) = summarise(load_comparison(store.uri, "failing"))
+    assert not block.attack_works
+    assert {name: block.standing(block.columns[name]) for name in ("gc", "pld")} == {
+        "gc": "uncounted",
+        "pld": "leaks",
+    }
+    assert best(block, "PSNR") == set()
+
+
 def test_what_was_not_run_has_no_figure(store: Store) -> None:
     store.comparison("alone", [Cell("gia", "cifar10", "gc", [9.0, 10.0], test_images=None)])
     (block,) = summarise(load_comparison(store.uri, "alone"))
