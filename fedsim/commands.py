@@ -12,6 +12,7 @@ from fedsim.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsim.comparison import ComparisonConfig
+    from fedsim.simulation import Prepared
 
 DEFAULT_OUTPUT = Path("runs")
 
@@ -126,8 +127,17 @@ def _run(options: Namespace) -> int:
         simulation.tracker = Tracker(uri, config.tracking.experiment, options.output / "mlartifacts")
     with reporter(console) as simulation.reporter:
         result = simulation.run(options.resume)
+    _draw_partition(simulation.prepared, folder / "partition.png")
     plan.print_result(result, folder, console)
     return 0
+
+
+def _draw_partition(prepared: "Prepared", path: Path) -> None:
+    from analysis.partition_figure import draw_partition
+
+    dataset = prepared.dataset
+    counts = prepared.spec.partition.counts(dataset.train_labels, dataset.classes)
+    draw_partition(counts, dataset.class_names, path)
 
 
 def _compare(options: Namespace) -> int:
@@ -143,6 +153,8 @@ def _compare(options: Namespace) -> int:
     with reporter(console) as comparison.reporter:
         for _ in comparison.run(options.resume):
             pass
+    for dataset, prepared in comparison.by_dataset().items():
+        _draw_partition(prepared, comparison.folder / "figures" / f"partition_{dataset}.png")
     _write_report(comparison.tracking_uri, comparison.config.name, options.output, console)
     for name, reason in comparison.failures.items():
         console.print(f"failed: {name}: {reason} (--resume tries it again)", style="red", highlight=False)
@@ -167,7 +179,9 @@ def _write_report(uri: str, name: str | None, root: Path, console: Any) -> None:
     print_tables(comparison, console)
     folder = root / comparison.name
     written = write_all(uri, comparison.run_id, folder)
-    console.print(f"wrote {len(written)} files to {folder}; the summary is {folder / 'report.html'}", soft_wrap=True)
+    console.print(
+        f"wrote {len(written)} files to {folder}; the summary is {folder / 'report.html'}", soft_wrap=True
+    )
 
 
 def _tables(options: Namespace) -> int:

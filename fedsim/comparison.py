@@ -19,7 +19,7 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.schema import Schema, explain, suggest
-from fedsim.simulation import Simulation, prepare
+from fedsim.simulation import Prepared, Simulation, prepare
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
 
 Settings = dict[str, Any]
@@ -227,6 +227,11 @@ class Comparison:
         if key not in self._datasets:
             self._datasets[key] = load_dataset(config.data, self.data_dir)
         return self._datasets[key]
+
+    def by_dataset(self) -> dict[str, Prepared]:
+        """Return the data and partition of the first cell of each data set."""
+        first = {cell.dataset: cell for cell in reversed(self.cells)}
+        return {name: prepare(cell.config, self.dataset(cell.config)) for name, cell in first.items()}
 
     def run(self, resume: bool = False) -> Iterator[tuple[Cell, SimulationResult]]:
         """Run the cells; yield each with its result. Cells that fail are named in `failures`, the rest go on.

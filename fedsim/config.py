@@ -57,7 +57,7 @@ class AuditConfig(Schema):
     """What an honest-but-curious server is tried on."""
 
     rounds: tuple[int, ...] = (0,)
-    """Rounds before which the global weights are attacked; 0 is the untrained model."""
+    """Rounds before which the global weights are attacked: 0 is the untrained model, `rounds` the trained one."""
     victims: int = Field(default=8, ge=1)
     """Victims a round, each another client while there are enough."""
     batch_size: int = Field(default=1, ge=1)
@@ -139,13 +139,13 @@ class ExperimentConfig(Schema):
         labels = [attack.title for attack in self.attacks]
         if len(set(labels)) < len(labels):
             raise ValueError(f"attacks: two share a label ({', '.join(labels)}); give each its own `label`")
-        late = [r for r in self.audit.rounds if not 0 <= r < self.federation.rounds]
+        late = [r for r in self.audit.rounds if not 0 <= r <= self.federation.rounds]
         if late and self.attacks:
-            last = self.federation.rounds - 1
-            raise ValueError(f"audit.rounds: {late[0]} is not one of the rounds 0 to {last}")
+            last = self.federation.rounds
+            raise ValueError(f"audit.rounds: {late[0]} is not between 0 (untrained) and {last} (trained)")
         if self.federation.local_steps != 1:
             if self.defense.needs_one_local_step():
-                raise ValueError("defense: clipping by sample needs federation.local_steps: 1")
+                raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")
             if self.audit.payload == "training" and self.attacks:
                 raise ValueError("audit.payload: training needs federation.local_steps: 1; use probe")
         return self

@@ -44,24 +44,19 @@ def print_plan(config: ExperimentConfig, prepared: Sequence[Prepared], console: 
 
 def print_comparison_plan(comparison: Comparison, console: Console) -> None:
     """Print the resolved comparison, its cells, and the memory of the largest."""
-    from fedsim.simulation import prepare
-
     config = comparison.config
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     console.print(text, highlight=False, end="")
     rounds = sum(cell.config.federation.rounds for cell in comparison.cells)
     victims = sum(len(cell.config.attacks) * cell.config.audit.victims for cell in comparison.cells)
-    largest = max(
-        memory_estimate(
-            cell.config, prepare(cell.config, comparison.dataset(cell.config)), local_workers(cell.config)
-        )
-        for cell in comparison.cells
-    )
+    workers = local_workers(comparison.cells[0].config)
+    largest = max(memory_estimate(p.spec.config, p, workers) for p in comparison.by_dataset().values())
     console.print(
         f"# {len(comparison.cells)} cells, {rounds:,} rounds, {victims} reconstructions; "
-        f"{local_workers(comparison.cells[0].config)} workers here, about {largest / 2**30:.1f} GiB; "
+        f"{workers} workers here, about {largest / 2**30:.1f} GiB; "
         f"output in {comparison.folder}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

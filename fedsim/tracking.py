@@ -43,6 +43,7 @@ class Tracker:
         # A wrong address should be told in seconds, not after MLflow's many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
         for name in ("mlflow", "mlflow.store.db.utils", "alembic"):

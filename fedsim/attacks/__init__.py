@@ -4,7 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedsim.attacks.custom import CustomAttackConfig
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
+from fedsim.attacks.idlg import IDLGConfig
 
-AttackConfig = Annotated[DLGConfig | GIAConfig, Field(discriminator="name")]
+AttackConfig = Annotated[DLGConfig | IDLGConfig | GIAConfig | CustomAttackConfig, Field(discriminator="name")]

@@ -1,7 +1,6 @@
 """Deep Leakage from Gradients: search images (and labels) whose gradient is the one that was sent, by L-BFGS."""
 
 import time
-from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -9,19 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
-from fedsim.attacks.dummies import MID_GREY, Dummies
-from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError
+from fedsim.attacks.dummies import EXACT, MID_GREY, Dummies, Found
+from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError, loss_at
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG
 from fedsim.privacy.observation import Observation, Reconstruction
-
-EXACT = 1e-9
-"""Relative squared error below which the gradient must have been sent as it was: no defense leaves so little.
-
-From there on every weighting of its parts has the same solution, and the search goes on with the parts balanced.
-With PyTorch's initialisation the first layer, which knows most about the image, holds as little as 1e-12 of the
-squared norm, less than float32 resolves beside the last layer.
-"""
 
 
 class LBFGSAttackSettings(AttackSettings):
@@ -49,23 +40,6 @@ class DLGConfig(LBFGSAttackSettings):
         return PublishedDLG(self) if self.published else DLG(self)
 
 
-@dataclass
-class Found:
-    """What a search found for k victims; see `Reconstruction` for the flags."""
-
-    variables: Tensor
-    loss: Tensor
-    iterations: Tensor
-    stalled: Tensor
-    exhausted: Tensor
-
-    def improve(self, rows: Tensor, other: "Found") -> None:
-        """Take over what `other`, the outcome for the victims `rows`, has at a lower loss."""
-        better = other.loss < self.loss[rows]
-        for field in fields(self):
-            getattr(self, field.name)[rows[better]] = getattr(other, field.name)[better]
-
-
 class DLG(Attack):
     """Matches gradients by L-BFGS with a strong-Wolfe line search.
 
@@ -84,16 +58,55 @@ class DLG(Attack):
         """Return the labels to assume, [N, B], or None to search for them as well."""
         return None
 
+    def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
+        """See `Attack`."""
+        return loss_at(observation, SquaredError, self.settings.ignore, images, labels)
+
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """See `Attack`."""
         began = time.perf_counter()
         dummies = Dummies(observation, self.labels(observation))
-        best = self._search(dummies, 0, torch.arange(observation.victims))
-        for restart in range(1, self.settings.restarts):
-            unsolved = (best.loss > EXACT).nonzero()[:, 0]
-            if len(unsolved):
-                best.improve(unsolved, self._search(dummies, restart, unsolved))
-        return dummies.reconstruction(...)
+        dtype = getattr(torch, self.settings.precision)
+        plain, balanced = (
+            GradientMatching(observation, distance, self.settings.ignore, dtype)
+            for distance in (SquaredError, BalancedError)
+        )
+        best: Found | None = None
+        for restart in range(self.settings.restarts):
+            victims = dummies.everyone if best is None else (best.loss > EXACT).nonzero()[:, 0]
+            if len(victims) == 0:
+                break
+            start = dummies.start(victims, MID_GREY, restart, dtype)
+            found = self._refine(dummies, balanced, plain, victims, self._search(dummies, plain, victims, start))
+            best = found if best is None else best.improved(victims, found)
+        assert best is not None
+        return dummies.reconstruction(best, time.perf_counter() - began)
 
-    def _search(self, dummies: Dummies, restart: int, victims: Tensor) -> Found:
-        settings, observation = self.settings, dummies.observation
+    def _search(self, dummies: Dummies, matching: GradientMatching, victims: Tensor, start: Tensor) -> Found:
+        settings = LBFGS(self.settings.iterations, self.settings.history, solved=EXACT)
+        end = minimise(lambda x, rows: dummies.evaluate(matching, x, victims[rows]), start, settings)
+        return Found(end.x, end.loss, end.iterations, end.stalled, end.exhausted)
+
+    def _refine(
+        self, dummies: Dummies, balanced: GradientMatching, plain: GradientMatching, victims: Tensor, found: Found
+    ) -> Found:
+        """Go on from the exact matches among `found`, with the parts of the gradient balanced.
+
+        Where a gradient was sent as it was, every weighting of its parts has the same solution. With PyTorch's
+        initialisation the first layer, which knows most about the image, holds as little as 1e-12 of the
+        gradient's square: less than float32 resolves beside the last layer.
+        """
+        rows = (found.loss <= EXACT).nonzero()[:, 0]
+        if len(rows) == 0:
+            return found
+        exact = victims[rows]
+        settings = LBFGS(self.settings.iterations, self.settings.history, solved=self.settings.tolerance)
+        end = minimise(lambda x, at: dummies.evaluate(balanced, x, exact[at]), found.variables[rows], settings)
+        refined = Found(
+            end.x,
+            dummies.evaluate(plain, end.x, exact)[0],
+            found.iterations[rows] + end.iterations,
+            end.stalled & (end.loss > EXACT),  # below, only the floating-point numbers end
+            end.exhausted,
+        )
+        return found.replaced(rows, refined)

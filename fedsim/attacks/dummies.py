@@ -1,14 +1,14 @@
-"""Dummy batches as the flat variables of an optimiser: the images and, where the labels are unknown, their logits."""
+"""Dummy batches as the flat variables of an optimiser: images and, where labels are unknown, their logits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from fedsim.attacks.gradient_matching import GradientMatching
 from fedsim.attacks.labels import one_hot
-from fedsim.privacy.observation import Observation
+from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.randomness import Purpose, torch_stream
 
 
@@ -28,6 +28,40 @@ STANDARD_NORMAL = Start(0.0, 1.0, 1.0)
 """As in Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019."""
 
 
+EXACT = 1e-8
+"""Relative squared error below which a gradient must have been sent as it was: no defense leaves so little."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for k victims; see `Reconstruction` for what the attributes mean."""
+
+    variables: Tensor
+    loss: Tensor
+    iterations: Tensor
+    stalled: Tensor
+    exhausted: Tensor
+
+    @classmethod
+    def join(cls, parts: list["Found"]) -> "Found":
+        """Put several victims' outcomes one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def replaced(self, rows: Tensor, other: "Found") -> "Found":
+        """Return this with `rows`, an index, replaced by those of `other`."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return Found(*(mine.index_copy(0, rows, new) for mine, new in pairs))
+
+    def improved(self, rows: Tensor, other: "Found") -> "Found":
+        """Return this with those of `rows` replaced for which `other` has a lower loss."""
+        better = (other.loss < self.loss[rows]).nonzero()[:, 0]
+        return self.replaced(rows[better], other.select(better))
+
+    def select(self, rows: Tensor) -> "Found":
+        """Return the outcomes of some of the victims."""
+        return Found(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
 class Dummies:
     """Translates between rows of variables [m, n] and dummy batches of the victims of one observation."""
 
@@ -38,12 +72,17 @@ class Dummies:
         self.pixels = math.prod(self.shape)
         self.classes = observation.model.classes
 
-    def start(self, start: Start, restart: int, dtype: torch.dtype) -> Tensor:
-        """Draw the variables of all victims [N, n], each from its own stream."""
+    @property
+    def everyone(self) -> Tensor:
+        """All victims, [N]."""
+        return torch.arange(self.observation.victims, device=self.observation.weights.device)
+
+    def start(self, victims: Tensor, start: Start, restart: int, dtype: torch.dtype) -> Tensor:
+        """Draw the variables of k victims [k, n], each from its own stream."""
         logits = 0 if self.labels is not None else self.observation.batch_size * self.classes
         rows = []
-        for seed in self.observation.seeds:
-            generator = torch_stream(seed, Purpose.ATTACK, restart)
+        for victim in victims.tolist():
+            generator = torch_stream(self.observation.seeds[victim], Purpose.ATTACK, restart)
             pixels = torch.randn(self.pixels, generator=generator).mul_(start.spread).add_(start.mean)
             rows.append(torch.cat([pixels, torch.randn(logits, generator=generator).mul_(start.logit_spread)]))
         return torch.stack(rows).to(self.observation.weights.device, dtype)
@@ -68,7 +107,14 @@ class Dummies:
         by_logits = p * (by_p - (p * by_p).sum(-1, keepdim=True))
         return match.loss, torch.cat([match.by_images.flatten(1), by_logits.flatten(1)], 1)
 
-    def found_labels(self, variables: Tensor) -> Tensor:
-        """Return the labels [N, B] that the victims' variables [N, n] stand for."""
-        everyone = torch.arange(len(variables), device=variables.device)
-        return self.probabilities(variables, everyone).argmax(-1)
+    def reconstruction(self, found: Found, seconds: float) -> Reconstruction:
+        """Return the outcome for all victims."""
+        return Reconstruction(
+            images=self.images(found.variables).float(),
+            labels=self.probabilities(found.variables, self.everyone).argmax(-1),
+            loss=found.loss.float(),
+            iterations=found.iterations,
+            stalled=found.stalled,
+            exhausted=found.exhausted,
+            seconds=seconds,
+        )

@@ -49,7 +49,10 @@ def last_linear(model: Model) -> str:
     Raises:
         ConfigError: If there is none.
     """
-    linear = [(name, m) for name, m in model.module.named_modules() if isinstance(m, nn.Linear)]
+    linear: list[tuple[str, nn.Linear]] = []
+    for name, module in model.module.named_modules():
+        if isinstance(module, nn.Linear):
+            linear.append((name, module))
     if not linear or linear[-1][1].out_features != model.classes:
         raise ConfigError("idlg needs a model that ends in a fully connected layer")
     return linear[-1][0]
