@@ -90,6 +90,12 @@ class SimulationResult:
         return float(self.summary["ART"])
 
     @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rounds as records; what was not measured in a round is not in its record."""
+        records = self.rounds.to_dict(orient="records")
+        return [{str(k): v for k, v in record.items() if not pd.isna(v)} for record in records]
+
+    @property
     def images(self) -> pd.DataFrame:
         """One row a reconstructed image, as `AuditRow` describes."""
         return pd.DataFrame(self.summary["audits"])
@@ -190,13 +196,6 @@ def picture(audit: AuditResult, most: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def round_frame(history: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Return the records of the rounds as a frame, one row a round."""
-    frame = pd.DataFrame(history)
-    frame["rejected"] = [len(rejected) for rejected in frame["rejected"]]
-    return frame
-
-
 def timing(rounds: pd.DataFrame) -> dict[str, float]:
     """Return mean seconds a round by where they went (worker times summed over workers), without round 0."""
     counted = rounds.iloc[1:] if len(rounds) > 1 else rounds
@@ -213,7 +212,7 @@ def summarize(
     faults: Faults,
 ) -> SimulationResult:
     """Gather what a simulation found into its result."""
-    rounds = round_frame(history)
+    rounds = pd.DataFrame(history)
     counted = rounds["seconds"].iloc[1:] if len(rounds) > 1 else rounds["seconds"]
     rows = [asdict(row) for audit in audits for row in audit.rows]
     summary = {
@@ -229,7 +228,7 @@ def summarize(
         "floors": floors,
         "overhead": asdict(overhead) if overhead else None,
         "timing": timing(rounds),
-        "faults": {**asdict(faults), "clients_rejected": int(rounds["rejected"].sum())},
+        "faults": {**asdict(faults), "clients_rejected": int(rounds["clients_rejected"].sum())},
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "fingerprint": config.fingerprint(),

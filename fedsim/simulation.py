@@ -14,7 +14,7 @@ from fedsim.data.partitions import partition
 from fedsim.defenses.none import NoDefenseConfig
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
 from fedsim.engine.chunks import AttackJob
-from fedsim.engine.federation import Federation, Overhead, measure_overhead
+from fedsim.engine.federation import Federation, Overhead, RoundRecord, measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
 from fedsim.learning.batches import ImageStore
@@ -127,7 +127,7 @@ class Simulation:
         """
         self.check_output(resume)
         if self.folder and self.folder.finished() is not None:
-            return self.folder.load_result()
+            return self._finished(self.folder)
         if self.runtime:
             return self._run_tracked(self.runtime)
         with Runtime(self.config.runtime, self.address) as runtime:
@@ -148,12 +148,27 @@ class Simulation:
             tracked.finish()
         return result
 
+    def _finished(self, folder: RunFolder) -> SimulationResult:
+        """Read a finished run back, and log it if an interruption came between its end and MLflow's."""
+        result = folder.load_result()
+        if self.tracker and not self.tracker.has_finished(self._identity):
+            tracked = self._start_tracking()
+            assert tracked
+            for record in result.history:
+                tracked.round(record)
+            tracked.result(result, folder)
+            tracked.finish()
+        return result
+
+    @property
+    def _identity(self) -> str:
+        place = str(self.folder.path.resolve()) if self.folder else "memory"
+        return f"{self.config.fingerprint()[:16]}@{place}"
+
     def _start_tracking(self) -> TrackedRun | None:
         if not self.tracker:
             return None
-        place = str(self.folder.path.resolve()) if self.folder else "memory"
-        identity = f"{self.config.fingerprint()[:16]}@{place}"
-        tags = {"fedsim.kind": "run", "fedsim.name": self.config.name, **self.tags, "fedsim.id": identity}
+        tags = {"fedsim.kind": "run", "fedsim.name": self.config.name, **self.tags, "fedsim.id": self._identity}
         tracked = self.tracker.start(self.config.name, tags, self.parent)
         tracked.params(self.config.to_dict())
         tracked.dataset(self.prepared.dataset, self.config.data.name)
@@ -184,7 +199,7 @@ class _Run:
             self._reload_audits()
             for round_ in range(len(self.history), rounds):
                 self.audit_round(round_)
-                record = asdict(self.federation.run_round(round_))
+                record = self._as_record(self.federation.run_round(round_))
                 if self._due(round_, self.config.federation.evaluate_every):
                     record["ACC"], record["test_loss"] = self.federation.evaluate()
                 self._note(record)
@@ -261,13 +276,18 @@ class _Run:
     def _note(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         self.reporter.round(record)
-        if record["rejected"]:
-            clients = ", ".join(map(str, record["rejected"]))
-            self.reporter.note(
-                f"{self.config.name}: round {record['round']}: not finite, left out: client {clients}"
-            )
         if self.tracked:
             self.tracked.round(record)
+
+    def _as_record(self, outcome: RoundRecord) -> dict[str, Any]:
+        if outcome.rejected:
+            clients = ", ".join(map(str, outcome.rejected))
+            self.reporter.note(
+                f"{self.config.name}: round {outcome.round}: not finite, left out: client {clients}"
+            )
+        record = asdict(outcome)
+        record["clients_rejected"] = len(record.pop("rejected"))
+        return record
 
     def _checkpoint(self) -> None:
         if self.checkpoints:

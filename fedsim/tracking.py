@@ -65,26 +65,35 @@ class Tracker:
 
         The identity is the tag `fedsim.id`: a run found by it is continued, so that a resume makes no second.
         """
-        existing = self.client.search_runs(
-            [self.experiment_id], f"tags.`fedsim.id` = '{tags['fedsim.id']}'", max_results=1
-        )
+        existing = self._find(tags["fedsim.id"])
         if existing:
-            run_id = existing[0].info.run_id
+            run_id = existing.info.run_id
             self.client.update_run(run_id, status="RUNNING")
-        else:
-            all_tags = {**tags, "mlflow.runName": name}
-            if parent:
-                all_tags["mlflow.parentRunId"] = parent.run_id
-            run_id = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
-        return TrackedRun(self, run_id)
+            done = [metric.step for metric in self.client.get_metric_history(run_id, "loss")]
+            return TrackedRun(self, run_id, rounds_logged=max(done, default=-1) + 1)
+        all_tags = {**tags, "mlflow.runName": name}
+        if parent:
+            all_tags["mlflow.parentRunId"] = parent.run_id
+        return TrackedRun(
+            self, self.client.create_run(self.experiment_id, tags=all_tags, run_name=name).info.run_id
+        )
+
+    def has_finished(self, identity: str) -> bool:
+        """Return whether the run with this identity was logged to its end."""
+        run = self._find(identity)
+        return run is not None and run.info.status == "FINISHED"
+
+    def _find(self, identity: str) -> Any:
+        found = self.client.search_runs([self.experiment_id], f"tags.`fedsim.id` = '{identity}'", max_results=1)
+        return found[0] if found else None
 
 
 class TrackedRun:
     """One MLflow run."""
 
-    def __init__(self, tracker: Tracker, run_id: str) -> None:
-        """Wrap the run `run_id`."""
-        self.client, self.run_id = tracker.client, run_id
+    def __init__(self, tracker: Tracker, run_id: str, rounds_logged: int = 0) -> None:
+        """Wrap the run `run_id`, whose first `rounds_logged` rounds are there already."""
+        self.client, self.run_id, self._rounds_logged = tracker.client, run_id, rounds_logged
         self._buffer: list[tuple[str, float, int]] = []
 
     def params(self, nested: Mapping[str, Any]) -> None:
@@ -108,10 +117,12 @@ class TrackedRun:
         self._buffer += [(name, float(value), step) for name, value in values.items()]
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Log a round's record; they are written in one batch whenever the model was evaluated."""
+        """Log a round's record, unless it is there; a batch is written whenever the model was evaluated."""
+        if record["round"] < self._rounds_logged:
+            return
         names = {"ACC", "test_loss", "loss", "seconds", "upload_bytes", "clients"}
         values = {name: record[name] for name in names if record.get(name) is not None}
-        self.metrics({**values, "rejected": len(record["rejected"])}, record["round"])
+        self.metrics({**values, "rejected": record["clients_rejected"]}, record["round"])
         if "ACC" in record:
             self.flush()
 

@@ -162,7 +162,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(runtime: Runtime, 
         defense={"name": "custom", "factory": "tests.test_simulation:Poison"}, federation={"rounds": 2}
     )
     result = Simulation(config, runtime=runtime, dataset=digits).run()
-    assert list(result.rounds["rejected"]) == [1, 1]
+    assert list(result.rounds["clients_rejected"]) == [1, 1]
     assert list(result.rounds["clients"]) == [8, 8]
     assert np.isfinite(result.rounds["loss"]).all()
 

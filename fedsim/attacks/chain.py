@@ -8,7 +8,7 @@ derivative, vᵀ∂g/∂x = d/dε ∇ₓL(x, w + εv) at ε = 0, so one forward 
 Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6(1), 1994.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -185,8 +185,9 @@ class Chain:
             r = z * f.slope
             bends.append(z * f.bend * b.delta)
         assert r is not None
-        by_probabilities = -r.view(shape) / shape[1]
-        r = soft * (r - (soft * r).sum(-1, keepdim=True)) / shape[1]
+        r = (r - (soft * r).sum(-1, keepdim=True)) / shape[1]
+        by_probabilities = -r.view(shape)
+        r = soft * r
         for (layer, f, b, own, direction), bend in zip(reversed(steps), reversed(bends), strict=True):
             r = layer.r_backward(r * f.slope + bend, b, own, direction)
         return r.view(*shape[:2], *r.shape[1:]).permute(0, 1, 4, 2, 3), by_probabilities
@@ -202,7 +203,10 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
     shape: tuple[int, ...] = (height, width, channels)
     layers: list[_Layer] = []
     activated = flattened = False
-    for name, module in _leaves(model.module, ""):
+    # Modules that occur twice must be met twice, or the second would go unnoticed.
+    for name, module in model.module.named_modules(remove_duplicate=False):
+        if type(module) is nn.Sequential:
+            continue
         if type(module) in ACTIVATIONS and layers and not activated:
             layers[-1].activation, activated = ACTIVATIONS[type(module)], True
         elif type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
@@ -214,14 +218,6 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
             return None
     ends_in_logits = bool(layers) and shape == (model.classes,) and not activated
     return Chain(layers, model, weights) if ends_in_logits else None
-
-
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if type(module) is not nn.Sequential:
-        yield name, module
-        return
-    for child, part in module.named_children():
-        yield from _leaves(part, f"{name}.{child}" if name else child)
 
 
 def _affine(name: str, module: nn.Module, shape: tuple[int, ...], flattened: bool, model: Model) -> _Layer | None:

@@ -22,7 +22,7 @@ class LBFGSAttackSettings(AttackSettings):
     """Most L-BFGS steps of one search; most searches need far fewer and stop by themselves."""
     history: int = Field(default=50, ge=1)
     """Curvature pairs that L-BFGS keeps."""
-    tolerance: float = Field(default=1e-10, ge=0)
+    tolerance: float = Field(default=1e-11, ge=0)
     """Loss, relative to that of a gradient of zero, at which a victim counts as solved."""
     precision: Literal["float32", "float64"] = "float32"
     """Floating-point numbers of the search."""

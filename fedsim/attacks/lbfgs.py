@@ -167,7 +167,7 @@ class _Run:
         slope = (direction * self.gradient).sum(1)
         fresh = self.history.count == 0
         step = torch.where(fresh, 1 / self.gradient.abs().sum(1), 1)
-        finest = torch.finfo(self.x.dtype).eps * self.x.abs().amax(1) / direction.abs().amax(1)
+        finest = torch.finfo(self.x.dtype).eps * (self.x / direction).abs().nan_to_num(torch.inf).amin(1)
         return Search.start(step, self.loss, slope, finest, self.gradient)
 
     def _retire(self, done: Tensor, hopeless: Tensor) -> Tensor:

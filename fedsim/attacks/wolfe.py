@@ -27,7 +27,7 @@ class Search:
         step: The trial step that must be evaluated next.
         loss: Loss at step 0.
         slope: Derivative along the direction at step 0, negative.
-        finest: Width at which a bracket is too narrow to tell points apart.
+        finest: Width at which a bracket is too narrow to tell its ends apart.
         trials: Trials so far.
         zooming: Whether a minimum is bracketed.
         lazy: Whether the last trial fell close to an end of the bracket.

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from types import TracebackType
@@ -17,10 +18,27 @@ from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError
 
+CONNECT_SECONDS = 5
+
 
 def local_cpus() -> int:
     """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_address(address: str) -> None:
+    """See that somebody listens at `host:port`: Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: If nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray runtime at {address}: {error.strerror or error}") from error
 
 
 class Runtime:
@@ -66,7 +84,9 @@ class Runtime:
     def _start(self, address: str | None) -> None:
         cpus = local_cpus()
         common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
-        if address is None:
+        if address is not None:
+            check_address(address)
+        else:
             wanted = self._config.workers
             self._temporary = tempfile.mkdtemp(prefix="fedsim-")
             common["_temp_dir"] = self._temporary
