@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.dummies import EXACT, MID_GREY, Dummies, Found
-from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError, loss_at
+from fedsim.attacks.gradient_matching import BalancedError, Distance, GradientMatching, SquaredError, loss_at
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG
 from fedsim.privacy.observation import Observation, Reconstruction
@@ -24,8 +24,8 @@ class LBFGSAttackSettings(AttackSettings):
     """Curvature pairs that L-BFGS keeps."""
     tolerance: float = Field(default=1e-11, ge=0)
     """Loss, relative to that of a gradient of zero, at which a victim counts as solved."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Floating-point numbers of the search."""
+    precision: Literal["auto", "float32", "float64"] = "auto"
+    """Floating-point numbers of the search; `auto`: float32, and float64 for victims at which that stalls."""
 
 
 class DLGConfig(LBFGSAttackSettings):
@@ -65,48 +65,56 @@ class DLG(Attack):
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """See `Attack`."""
         began = time.perf_counter()
-        dummies = Dummies(observation, self.labels(observation))
-        dtype = getattr(torch, self.settings.precision)
-        plain, balanced = (
-            GradientMatching(observation, distance, self.settings.ignore, dtype)
-            for distance in (SquaredError, BalancedError)
-        )
-        best: Found | None = None
-        for restart in range(self.settings.restarts):
-            victims = dummies.everyone if best is None else (best.loss > EXACT).nonzero()[:, 0]
-            if len(victims) == 0:
-                break
-            start = dummies.start(victims, MID_GREY, restart, dtype)
-            found = self._refine(dummies, balanced, plain, victims, self._search(dummies, plain, victims, start))
-            best = found if best is None else best.improved(victims, found)
-        assert best is not None
-        return dummies.reconstruction(best, time.perf_counter() - began)
+        run = _Run(observation, self.labels(observation), self.settings)
+        best = run.attempt(0, run.dummies.everyone)
+        for restart in range(1, self.settings.restarts):
+            unsolved = (best.loss > EXACT).nonzero()[:, 0]
+            if len(unsolved):
+                best = best.improved(unsolved, run.attempt(restart, unsolved))
+        return run.dummies.reconstruction(best, time.perf_counter() - began)
 
-    def _search(self, dummies: Dummies, matching: GradientMatching, victims: Tensor, start: Tensor) -> Found:
-        settings = LBFGS(self.settings.iterations, self.settings.history, solved=EXACT)
-        end = minimise(lambda x, rows: dummies.evaluate(matching, x, victims[rows]), start, settings)
-        return Found(end.x, end.loss, end.iterations, end.stalled, end.exhausted)
 
-    def _refine(
-        self, dummies: Dummies, balanced: GradientMatching, plain: GradientMatching, victims: Tensor, found: Found
-    ) -> Found:
-        """Go on from the exact matches among `found`, with the parts of the gradient balanced.
+class _Run:
+    """One observation under attack."""
+
+    def __init__(self, observation: Observation, labels: Tensor | None, settings: LBFGSAttackSettings) -> None:
+        self.observation, self.settings = observation, settings
+        self.dummies = Dummies(observation, labels)
+        self.matchings: dict[tuple[type[Distance], torch.dtype], GradientMatching] = {}
+
+    def attempt(self, restart: int, victims: Tensor) -> Found:
+        """Attack `victims` from one start each."""
+        single = self.settings.precision != "float64"
+        start = self.dummies.start(victims, MID_GREY, restart, torch.float32 if single else torch.float64)
+        found = self._search(SquaredError, start, victims, EXACT)
+        exact = (found.loss <= EXACT).nonzero()[:, 0]
+        return found.replaced(exact, self._refine(found.select(exact), victims[exact]))
+
+    def _refine(self, found: Found, victims: Tensor) -> Found:
+        """Go on from exact matches, with the parts of the gradient balanced.
 
         Where a gradient was sent as it was, every weighting of its parts has the same solution. With PyTorch's
         initialisation the first layer, which knows most about the image, holds as little as 1e-12 of the
         gradient's square: less than float32 resolves beside the last layer.
         """
-        rows = (found.loss <= EXACT).nonzero()[:, 0]
-        if len(rows) == 0:
+        end = self._search(BalancedError, found.variables, victims, self.settings.tolerance)
+        loss, _ = self._evaluate(SquaredError, end.variables, victims)
+        # A search that stops where the parts match to float32's resolution did not stop far from a solution.
+        stalled = end.stalled & (end.loss > EXACT)
+        return Found(end.variables, loss, found.iterations + end.iterations, stalled, end.exhausted)
+
+    def _search(self, distance: type[Distance], start: Tensor, victims: Tensor, solved: float) -> Found:
+        settings = LBFGS(self.settings.iterations, self.settings.history, solved)
+        end = minimise(lambda x, rows: self._evaluate(distance, x, victims[rows]), start, settings)
+        found = Found(end.x, end.loss, end.iterations, end.stalled, end.exhausted)
+        stuck = (end.stalled & (end.loss > EXACT)).nonzero()[:, 0]
+        if self.settings.precision != "auto" or start.dtype == torch.float64 or len(stuck) == 0:
             return found
-        exact = victims[rows]
-        settings = LBFGS(self.settings.iterations, self.settings.history, solved=self.settings.tolerance)
-        end = minimise(lambda x, at: dummies.evaluate(balanced, x, exact[at]), found.variables[rows], settings)
-        refined = Found(
-            end.x,
-            dummies.evaluate(plain, end.x, exact)[0],
-            found.iterations[rows] + end.iterations,
-            end.stalled & (end.loss > EXACT),  # below, only the floating-point numbers end
-            end.exhausted,
-        )
-        return found.replaced(rows, refined)
+        finer = self._search(distance, end.x[stuck].double(), victims[stuck], solved)
+        return found.replaced(stuck, finer.after(found.iterations[stuck]))
+
+    def _evaluate(self, distance: type[Distance], x: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        key = distance, x.dtype
+        if key not in self.matchings:
+            self.matchings[key] = GradientMatching(self.observation, distance, self.settings.ignore, x.dtype)
+        return self.dummies.evaluate(self.matchings[key], x, victims)

@@ -1,7 +1,7 @@
 """Dummy batches as the flat variables of an optimiser: images and, where labels are unknown, their logits."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,9 +48,13 @@ class Found:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def replaced(self, rows: Tensor, other: "Found") -> "Found":
-        """Return this with `rows`, an index, replaced by those of `other`."""
+        """Return this with `rows`, an index, replaced by those of `other`, at this one's precision."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return Found(*(mine.index_copy(0, rows, new) for mine, new in pairs))
+        return Found(*(mine.index_copy(0, rows, new.to(mine)) for mine, new in pairs))
+
+    def after(self, iterations: Tensor) -> "Found":
+        """Return this with the `iterations` [k] of an earlier stage added."""
+        return replace(self, iterations=self.iterations + iterations)
 
     def improved(self, rows: Tensor, other: "Found") -> "Found":
         """Return this with those of `rows` replaced for which `other` has a lower loss."""
