@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray starts workers at niceness 15: whatever else the machine does would count in the round time.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 if TYPE_CHECKING:
     from fedsim.attacks.base import Attack as Attack

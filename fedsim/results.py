@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,8 +180,16 @@ class RunFolder:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write `data` as readable JSON, atomically."""
-    write_atomically(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    """Write `data` as readable JSON, atomically; numbers that are not finite become null, which JSON has."""
+    write_atomically(path, (json.dumps(_finite(data), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def picture(audit: AuditResult, most: int = 16) -> bytes:

@@ -106,6 +106,7 @@ def test_list_and_validate(tiny: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_interrupted_comparison_keeps_its_cells_and_resumes_the_rest(tiny: Path, tmp_path: Path) -> None:
     """The whole command, killed by Ctrl-C after its first cell, then resumed; every file and figure is there."""
     out = tmp_path / "out"

@@ -1,6 +1,7 @@
 """Deep Leakage from Gradients: search images (and labels) whose gradient is the one that was sent, by L-BFGS."""
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -88,6 +89,8 @@ class _Run:
         start = self.dummies.start(victims, MID_GREY, restart, torch.float32 if single else torch.float64)
         found = self._search(SquaredError, start, victims, EXACT)
         exact = (found.loss <= EXACT).nonzero()[:, 0]
+        if len(exact) == 0:
+            return found
         return found.replaced(exact, self._refine(found.select(exact), victims[exact]))
 
     def _refine(self, found: Found, victims: Tensor) -> Found:
@@ -101,7 +104,7 @@ class _Run:
         loss, _ = self._evaluate(SquaredError, end.variables, victims)
         # A search that stops where the parts match to float32's resolution did not stop far from a solution.
         stalled = end.stalled & (end.loss > EXACT)
-        return Found(end.variables, loss, found.iterations + end.iterations, stalled, end.exhausted)
+        return replace(end.after(found.iterations), loss=loss, stalled=stalled)
 
     def _search(self, distance: type[Distance], start: Tensor, victims: Tensor, solved: float) -> Found:
         settings = LBFGS(self.settings.iterations, self.settings.history, solved)

@@ -35,7 +35,7 @@ class AuditRow:
         PSNR: In dB, at most 100.
         SSIM: −1 … 1.
         capped: The true PSNR is above 100 dB.
-        loss: Matching loss that the attack reached.
+        loss: Matching loss that the attack reached; None in files if it was not finite.
         loss_at_truth: Its loss at the private images; None for an attack without a matching loss.
         iterations: Optimiser steps of the restart that counted.
         stalled: The optimiser ended above the loss of the truth and gained no more: it failed by itself.
@@ -53,7 +53,7 @@ class AuditRow:
     PSNR: float
     SSIM: float
     capped: bool
-    loss: float
+    loss: float | None
     loss_at_truth: float | None
     iterations: int
     stalled: bool

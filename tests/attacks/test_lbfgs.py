@@ -46,7 +46,7 @@ def torch_lbfgs(function, start, iterations, history):
     """One problem by torch's own optimiser: its best loss and how often it evaluated."""
     x = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [x], 1, iterations, 10 * iterations, 1e-14, 1e-16, history, line_search_fn="strong_wolfe"
+        [x], 1, iterations, 10 * iterations, 1e-30, 1e-30, history, line_search_fn="strong_wolfe"
     )
     losses = []
 
@@ -89,22 +89,21 @@ def test_quadratics_reach_their_closed_form():
 
 
 def test_a_dlg_image_is_found_as_torch_finds_it():
-    model = lenet()
-    images, labels = victims(1)
+    model = lenet("uniform", (1, 8, 8))
+    images, labels = victims(1, shape=(1, 8, 8))
     dummies = Dummies(observe(model, images, labels), None)
     matching = GradientMatching(dummies.observation, SquaredError, dtype=torch.float64)
     start = dummies.start(dummies.everyone, MID_GREY, 0, torch.float64)
 
-    def objective(x, rows):
-        return dummies.evaluate(matching, x, rows)
+    def objective(x, rows):  # scaled, because torch drops pairs with sᵀy below an absolute 1e-10
+        return tuple(1e9 * value for value in dummies.evaluate(matching, x, rows))
 
-    found = minimise(objective, start, LBFGS(400, 100, solved=1e-16))
-    x, losses = torch_lbfgs(objective, start[0], 400, 100)
-    ours, theirs = dummies.images(found.x), dummies.images(x[None])
-    assert float((ours - images).abs().max()) < 1e-2
-    assert float((ours - theirs).abs().max()) < 1e-2
-    needed = next((n for n, loss in enumerate(losses, 1) if loss <= 1e-16), len(losses))
-    assert int(found.evaluations) <= 1.2 * needed
+    found = minimise(objective, start, LBFGS(110, 100, solved=1e-5))
+    x, losses = torch_lbfgs(objective, start[0], 110, 100)
+    theirs = next(number for number, loss in enumerate(losses, 1) if loss <= 1e-5)
+    assert int(found.evaluations) <= 1.2 * theirs
+    assert float((dummies.images(found.x) - images).abs().max()) < 1e-3
+    assert float((dummies.images(x[None]) - images).abs().max()) < 1e-3
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -176,12 +175,12 @@ def test_nan_is_survived_and_the_best_point_kept():
 
 
 def test_losses_fall_with_the_budget_and_their_scale_does_not_matter():
-    start = torch.tensor([[-1.2, 1.0, 0.3, 2.0]], dtype=torch.float64)
+    start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
     losses = [float(minimise(differentiated(rosenbrock), start, LBFGS(n)).loss) for n in (1, 5, 20, 60)]
     assert losses == sorted(losses, reverse=True)
-    tiny = differentiated(lambda x, rows: 1e-12 * rosenbrock(x, rows))
-    scaled = minimise(tiny, start, LBFGS(60))
-    assert float(scaled.loss) / 1e-12 < 1e-6
+    for scale in (2.0**-40, 2.0**40):  # powers of two change no rounding
+        scaled = minimise(differentiated(lambda x, rows, c=scale: c * rosenbrock(x, rows)), start, LBFGS(20))
+        assert float(scaled.loss) / scale == pytest.approx(losses[2], rel=1e-12)
 
 
 def test_precision_follows_the_start():

@@ -1,0 +1,177 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import fedsim.attacks.gradient_matching as module
+from fedsim.attacks.gradient_matching import (
+    BalancedError,
+    CosineDistance,
+    GradientMatching,
+    SquaredError,
+    Targets,
+    kept_parameters,
+)
+from fedsim.errors import ConfigError
+from fedsim.learning.models import Model
+from tests.attacks.problems import Perceptron, double, lenet, observe, rand, victims
+
+
+def squared(g, t, sizes):
+    return (g - t).square().sum() / t.square().sum()
+
+
+def cosine(g, t, sizes):
+    return 1 - torch.nn.functional.cosine_similarity(g, t, dim=0)
+
+
+def balanced(g, t, sizes):
+    parts = zip(g.split(sizes), t.split(sizes), strict=True)
+    errors = [(a - b).square().sum() / b.norm() for a, b in parts]
+    return sum(errors) / sum(b.norm() for b in t.split(sizes))
+
+
+CASES = [(SquaredError, squared), (CosineDistance, cosine), (BalancedError, balanced)]
+
+
+@pytest.mark.parametrize(("distance", "definition"), CASES)
+def test_distances_and_their_derivatives_agree_with_the_definitions(distance, definition):
+    sizes = (4, 1, 7)
+    targets = rand(3, 12, dtype=torch.float64) - 0.5
+    gradients = rand(5, 12, seed=1, dtype=torch.float64) - 0.5
+    of = torch.tensor([0, 2, 2, 1, 0])
+    loss, derivative = distance(Targets(targets, sizes))(gradients.clone(), of)
+    for row, victim in enumerate(of):
+        g = gradients[row].clone().requires_grad_()
+        value = definition(g, targets[victim], sizes)
+        (slope,) = torch.autograd.grad(value, g)
+        torch.testing.assert_close(loss[row], value.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(derivative[row], slope, rtol=1e-10, atol=1e-14)
+
+
+def test_the_unscaled_error_is_that_of_dlg():
+    targets, gradients = rand(2, 6), rand(2, 6, seed=1)
+    loss, _ = SquaredError(Targets(targets, (6,)), relative=False)(gradients, torch.arange(2))
+    torch.testing.assert_close(loss, (gradients - targets).square().sum(1))
+
+
+def test_a_small_angle_keeps_its_digits_in_float32():
+    target = rand(1, 2000)
+    sideways = rand(1, 2000, seed=1)
+    sideways -= (sideways @ target.T) * target / target.square().sum()
+    angle = 1e-5
+    gradient = target + angle * sideways * target.norm() / sideways.norm()
+    loss, _ = CosineDistance(Targets(target, (2000,)))(gradient, torch.zeros(1, dtype=torch.long))
+    assert float(loss) == pytest.approx(angle**2 / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("distance", [SquaredError, CosineDistance, BalancedError])
+@pytest.mark.parametrize("ignore", [(), ("fc.*",), ("*.bias", "body.2.*")])
+def test_matching_agrees_with_a_loop_over_problems(distance, ignore):
+    model = double(lenet())
+    images, labels = victims(2, batch=2)
+    observation = observe(model, images.double(), labels)
+    matching = GradientMatching(observation, distance, ignore)
+    x = rand(3, 2, *model.shape, seed=7, dtype=torch.float64)
+    p = rand(3, 2, 10, seed=8, dtype=torch.float64).softmax(-1)
+    of = torch.tensor([1, 0, 1])
+    match = matching(x, p, of)
+    kept = kept_parameters(model.layout, ignore)
+    sizes = tuple(model.layout.sizes[model.layout.names.index(name)] for name in kept)
+    definition = dict(CASES)[distance]
+    for row, victim in enumerate(of):
+        xi, pi = x[row].clone().requires_grad_(), p[row].clone().requires_grad_()
+        weights = observation.weights.clone().requires_grad_()
+        loss = -(pi * model.logits(weights, xi).log_softmax(-1)).sum(-1).mean()
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+        mine, sent = (
+            torch.cat([model.layout.views(v)[name].flatten() for name in kept])
+            for v in (gradient, observation.gradients[victim])
+        )
+        value = definition(mine, sent, sizes)
+        by_x, by_p = torch.autograd.grad(value, (xi, pi))
+        torch.testing.assert_close(match.loss[row], value.detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(match.by_images[row], by_x, rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(match.by_probabilities[row], by_p, rtol=1e-7, atol=1e-12)
+
+
+def test_the_true_image_matches_perfectly():
+    model = double(lenet("uniform"))
+    images, labels = victims(3, batch=2)
+    observation = observe(model, images.double(), labels)
+    truth = torch.nn.functional.one_hot(labels, 10).double()
+    for distance, _ in CASES:
+        match = GradientMatching(observation, distance)(images.double(), truth, torch.arange(3))
+        assert float(match.loss.max()) < 1e-25
+        assert float(match.by_images.abs().max()) < 1e-12
+
+
+def test_pieces_change_nothing(monkeypatch):
+    model = double(lenet())
+    images, labels = victims(5)
+    observation = observe(model, images.double(), labels)
+    arguments = images.double() + 0.1, torch.full((5, 1, 10), 0.1, dtype=torch.float64), torch.arange(5)
+    whole = GradientMatching(observation, SquaredError)(*arguments)
+    monkeypatch.setattr(module, "PIECE_BYTES", 2 * 8 * model.layout.dimension)
+    pieces = GradientMatching(observation, SquaredError)
+    assert pieces.piece == 2
+    torch.testing.assert_close(pieces(*arguments).by_images, whole.by_images, rtol=1e-10, atol=1e-14)
+
+
+def test_any_model_can_be_matched():
+    model = double(Model(Perceptron(64, 10), (1, 8, 8), 10))
+    images, labels = victims(2, shape=(1, 8, 8))
+    observation = observe(model, images.double(), labels)
+    truth = torch.nn.functional.one_hot(labels, 10).double()
+    matching = GradientMatching(observation, SquaredError)
+    assert float(matching(images.double(), truth, torch.arange(2)).loss.max()) < 1e-25
+    assert float(matching(images.double() + 0.1, truth, torch.arange(2)).loss.min()) > 1e-6
+
+
+def test_precision_can_be_raised():
+    model = lenet()
+    images, labels = victims(1)
+    matching = GradientMatching(observe(model, images, labels), SquaredError, dtype=torch.float64)
+    match = matching(images.double(), torch.full((1, 1, 10), 0.1, dtype=torch.float64), torch.arange(1))
+    assert match.loss.dtype == match.by_images.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("ignore", "message"),
+    [(("linear.*",), "'linear.*' matches no parameter of body.0.weight"), (("*",), "nothing is left")],
+)
+def test_patterns_must_make_sense(ignore, message):
+    with pytest.raises(ConfigError, match=message):
+        kept_parameters(lenet().layout, ignore)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    images, labels = victims(3)
+    observation = observe(lenet(), images, labels)
+    gradients = observation.gradients.clone()
+    gradients[1, 5] = torch.nan
+    with pytest.raises(ConfigError, match="gradient of victim 1"):
+        GradientMatching(replace(observation, gradients=gradients), partial(SquaredError, relative=True))
+
+
+def test_a_gradient_of_zero_can_be_matched_without_nan():
+    images, labels = victims(1)
+    observation = observe(lenet(), images, labels)
+    silent = replace(observation, gradients=torch.zeros_like(observation.gradients))
+    truth = torch.nn.functional.one_hot(labels, 10).float()
+    for distance, _ in CASES:
+        match = GradientMatching(silent, distance)(images, truth, torch.arange(1))
+        assert torch.isfinite(match.loss).all() and torch.isfinite(match.by_images).all()
+
+
+def test_a_frozen_module_is_matched_like_any_other():
+    module_ = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model = double(Model(module_, (1, 8, 8), 10))
+    images, labels = victims(1, shape=(1, 8, 8))
+    observation = observe(model, images.double(), labels)
+    for parameter in module_.parameters():
+        parameter.requires_grad_(False)
+    truth = torch.nn.functional.one_hot(labels, 10).double()
+    assert float(GradientMatching(observation, SquaredError)(images.double(), truth, torch.arange(1)).loss) < 1e-25
