@@ -70,8 +70,11 @@ def search(cell: ExperimentConfig, defense: str, dataset: Dataset, runtime: Runt
     return rows
 
 
-def calibrate(config: ComparisonConfig, data_dir: Path | None) -> pd.DataFrame:
-    """Return every strength that was tried, on every cell of a comparison but those without a defense."""
+def calibrate(config: ComparisonConfig, data_dir: Path | None, output: Path) -> pd.DataFrame:
+    """Try strengths on every cell of a comparison but those without a defense.
+
+    Every strength that was tried is a row of the result and, as soon as its cell is done, of the CSV `output`.
+    """
     rows: list[dict[str, Any]] = []
     datasets: dict[str, Dataset] = {}
     with Runtime(config.runtime) as runtime:
@@ -83,6 +86,7 @@ def calibrate(config: ComparisonConfig, data_dir: Path | None) -> pd.DataFrame:
             place = {"table": cell.table, "dataset": cell.dataset, "defense": cell.defense}
             found = search(cell.config, cell.defense, datasets[cell.dataset], runtime)
             rows += [{**place, **row} for row in found]
+            pd.DataFrame(rows).round(6).to_csv(output, index=False)
             chosen = [row["strength"] for row in found if row["chosen"]]
             print(
                 *place.values(), f"{found[0]['parameter']} =", chosen[0] if chosen else "not reached", flush=True
@@ -101,9 +105,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("analysis/results/strengths.csv"))
     options = parser.parse_args()
     config = narrow(load_comparison_config(options.preset), options.dataset, options.defense, options.attack)
-    frame = calibrate(config, options.data_dir)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    frame.round(6).to_csv(options.output, index=False)
+    frame = calibrate(config, options.data_dir, options.output)
     best = frame[frame["chosen"]].groupby(["table", "defense"])["strength"].max()
     print(best.to_string())
 

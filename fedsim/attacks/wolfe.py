@@ -92,13 +92,15 @@ class Search:
         left, right = torch.minimum(self.low_step, self.high_step), torch.maximum(self.low_step, self.high_step)
         width = right - left
         wanted = self._cubic()
-        inside = _between(wanted, left, right)
+        inside = torch.where(torch.isfinite(wanted), _clamp(wanted, left, right), 0.5 * (left + right))
         margin = 0.1 * width
         near = torch.minimum(right - inside, inside - left) < margin
         # A trial close to an end hardly shrinks the bracket: let it pass once, then push it inwards.
         push = near & (self.lazy | (wanted <= left) | (wanted >= right))
         pushed = torch.where(right - inside < inside - left, right - margin, left + margin)
-        stretched = _between(wanted, right + 0.01 * width, 10 * right)
+        # Where the slope has not flattened yet the cubic has no minimum ahead: go on in great strides.
+        ahead = torch.where(wanted > right, wanted, torch.inf)
+        stretched = _clamp(ahead, 2 * right, 10 * right)
         self.lazy = near & ~push & self.zooming
         self.step = torch.where(self.zooming, torch.where(push, pushed, inside), stretched)
 
@@ -123,7 +125,5 @@ class Search:
             setattr(self, field.name, getattr(self, field.name)[rows])
 
 
-def _between(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Clamp; the middle where `value` is not finite."""
-    clamped = torch.minimum(torch.maximum(value, low), high)
-    return torch.where(torch.isfinite(value), clamped, 0.5 * (low + high))
+def _clamp(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(value, low), high)
