@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.dummies import EXACT, STANDARD_NORMAL, Dummies, Found
-from fedsim.attacks.gradient_matching import GradientMatching, SquaredError, loss_at
+from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError, loss_at
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.privacy.observation import Observation, Reconstruction
 
@@ -36,40 +36,46 @@ class PublishedDLG(Attack):
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """See `Attack`."""
         began = time.perf_counter()
-        dummies = Dummies(observation, None)
-        matching = GradientMatching(observation, partial(SquaredError, relative=False), self.settings.ignore)
-        relative = GradientMatching(observation, SquaredError, self.settings.ignore)
-        best: Found | None = None
-        for restart in range(self.settings.restarts):
-            start = dummies.start(dummies.everyone, STANDARD_NORMAL, restart, torch.float32)
-            parts = [_search(dummies, matching, relative, v, start[v]) for v in dummies.everyone.split(1)]
-            found = Found.join(parts)
-            best = found if best is None else best.improved(dummies.everyone, found)
-        assert best is not None
-        return dummies.reconstruction(best, time.perf_counter() - began)
+        run = _Run(observation, self.settings.ignore)
+        best = run.attempt(0)
+        for restart in range(1, self.settings.restarts):
+            best = best.improved(run.dummies.everyone, run.attempt(restart))
+        return run.dummies.reconstruction(best, time.perf_counter() - began)
 
 
-def _search(
-    dummies: Dummies, matching: GradientMatching, relative: GradientMatching, victim: Tensor, start: Tensor
-) -> Found:
-    x = start.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([x], lr=1, max_iter=INNER, history_size=HISTORY)
+class _Run:
+    """One observation under attack."""
 
-    def closure() -> float:
-        loss, x.grad = dummies.evaluate(matching, x.detach(), victim)
-        return float(loss)
+    def __init__(self, observation: Observation, ignore: tuple[str, ...]) -> None:
+        self.dummies = Dummies(observation, None)
+        self.plain, self.relative, self.balanced = (
+            GradientMatching(observation, distance, ignore)
+            for distance in (partial(SquaredError, relative=False), SquaredError, BalancedError)
+        )
 
-    losses: list[float] = []
-    last = start
-    for _ in range(OUTER):
-        losses.append(float(optimiser.step(closure)))
-        stuck = torch.equal(x.detach(), last)
-        if stuck or not torch.isfinite(x).all():
-            break
-        last = x.detach().clone()
-    loss, _ = dummies.evaluate(relative, last, victim)
-    mark = losses[-min(len(losses), OUTER // 10)]
-    falling = len(losses) == OUTER and losses[-1] < (1 - SIGNIFICANT) * mark
-    steps = optimiser.state[x]["n_iter"]
-    flag = torch.tensor([falling], device=loss.device)
-    return Found(last, loss, torch.full_like(victim, steps), ~flag & (loss > EXACT), flag)
+    def attempt(self, restart: int) -> Found:
+        """Attack all victims from one start each."""
+        start = self.dummies.start(self.dummies.everyone, STANDARD_NORMAL, restart, torch.float32)
+        return Found.join([self._search(victim, start[victim]) for victim in self.dummies.everyone.split(1)])
+
+    def _search(self, victim: Tensor, start: Tensor) -> Found:
+        x = start.clone().requires_grad_()
+        optimiser = torch.optim.LBFGS([x], lr=1, max_iter=INNER, history_size=HISTORY)
+
+        def closure() -> float:
+            loss, x.grad = self.dummies.evaluate(self.plain, x.detach(), victim)
+            return float(loss)
+
+        losses: list[float] = []
+        last = start
+        while len(losses) < OUTER:
+            losses.append(float(optimiser.step(closure)))
+            if torch.equal(x, last) or not torch.isfinite(x).all():
+                break
+            last = x.detach().clone()
+        falling = len(losses) == OUTER and losses[-1] < (1 - SIGNIFICANT) * losses[-OUTER // 10]
+        exhausted = torch.full_like(victim, falling, dtype=torch.bool)
+        loss, _ = self.dummies.evaluate(self.relative, last, victim)
+        parts, _ = self.dummies.evaluate(self.balanced, last, victim)
+        steps = torch.full_like(victim, optimiser.state[x]["n_iter"])
+        return Found(last, loss, steps, ~exhausted & (parts > EXACT), exhausted)

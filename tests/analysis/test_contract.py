@@ -20,7 +20,9 @@ KEY = CellKey("dga", "digits", "gc", 3)
 
 def finished_cell(folder: RunFolder) -> SimulationResult:
     rows = [
-        AuditRow("dlg", "naive", 0, victim, victim, 0, 7, 40.0 + victim, 0.9, False, 1e-6, 300, False, False, 1.0)
+        AuditRow(
+            "dlg", "naive", 0, victim, victim, 0, 7, 40.0 + victim, 0.9, False, 1e-6, 0.0, 300, False, False, 1.0
+        )
         for victim in range(2)
     ]
     images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 1, 1, 8, 8)

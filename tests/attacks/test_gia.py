@@ -106,7 +106,7 @@ def test_more_variation_weight_gives_smoother_images():
 
 def test_a_search_cut_short_is_exhausted():
     _, _, observation = observed()
-    assert GIAConfig(iterations=100, learning_rate=0.01).build().reconstruct(observation).exhausted.all()
+    assert GIAConfig(iterations=200, learning_rate=0.001).build().reconstruct(observation).exhausted.all()
 
 
 def test_labels_must_be_known():
