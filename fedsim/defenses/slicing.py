@@ -38,9 +38,10 @@ def equal_risk_bounds(risk: Floats, sizes: Sequence[int], slices: int) -> Intege
         raise ConfigError(f"defense.slices: {slices} slices of a model with {offsets[-1]} parameters")
     if not risk.any():
         risk = np.asarray(sizes, dtype=np.float64)
+    risk = risk / risk.max()  # the smallest floating-point numbers do not divide well
     cumulative = np.concatenate([[0.0], np.cumsum(risk)])
     targets = cumulative[-1] * np.arange(1, slices) / slices
-    layer = np.searchsorted(cumulative, targets, side="right") - 1
+    layer = np.minimum(np.searchsorted(cumulative, targets, side="right") - 1, np.flatnonzero(risk)[-1])
     within = np.minimum((targets - cumulative[layer]) / risk[layer], 1.0)
     inner = np.rint(offsets[layer] + within * np.asarray(sizes)[layer])
     return np.concatenate([[0], inner, offsets[-1:]]).astype(np.int64)
