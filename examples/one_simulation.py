@@ -1,6 +1,6 @@
 """One simulation from Python: train under a defense, attack it, look at the frames.
 
-Run it with `.venv/bin/python examples/one_simulation.py` (about half a minute on 2 cores).
+Run it with `.venv/bin/python examples/one_simulation.py` (a minute or less on 2 cores).
 """
 
 from fedsim import ExperimentConfig, Simulation
