@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
-from fedsim.attacks.dummies import EXACT, MID_GREY, Dummies, Found
+from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found
 from fedsim.attacks.gradient_matching import BalancedError, Distance, GradientMatching, SquaredError, loss_at
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG
@@ -23,8 +23,8 @@ class LBFGSAttackSettings(AttackSettings):
     """Most L-BFGS steps of one search; most searches need far fewer and stop by themselves."""
     history: int = Field(default=50, ge=1)
     """Curvature pairs that L-BFGS keeps."""
-    tolerance: float = Field(default=1e-11, ge=0)
-    """Loss, relative to that of a gradient of zero, at which a victim counts as solved."""
+    tolerance: float = Field(default=1e-6, ge=0)
+    """Loss at which a victim counts as solved, relative to that of a mid-grey image: about 45 dB."""
     precision: Literal["auto", "float32", "float64"] = "auto"
     """Floating-point numbers of the search; `auto`: float32, and float64 for victims at which that stalls."""
 
@@ -69,7 +69,7 @@ class DLG(Attack):
         run = _Run(observation, self.labels(observation), self.settings)
         best = run.attempt(0, run.dummies.everyone)
         for restart in range(1, self.settings.restarts):
-            unsolved = (best.loss > EXACT).nonzero()[:, 0]
+            unsolved = ((best.loss > EXACT) | best.stalled | best.exhausted).nonzero()[:, 0]
             if len(unsolved):
                 best = best.improved(unsolved, run.attempt(restart, unsolved))
         return run.dummies.reconstruction(best, time.perf_counter() - began)
@@ -100,20 +100,29 @@ class _Run:
         initialisation the first layer, which knows most about the image, holds as little as 1e-12 of the
         gradient's square: less than float32 resolves beside the last layer.
         """
-        end = self._search(BalancedError, found.variables, victims, self.settings.tolerance)
+        grey, _ = self._evaluate(BalancedError, self.dummies.greyed(found.variables), victims)
+        end = self._search(BalancedError, found.variables, victims, self.settings.tolerance, grey)
         loss, _ = self._evaluate(SquaredError, end.variables, victims)
-        # A search that stops where the parts match to float32's resolution did not stop far from a solution.
-        stalled = end.stalled & (end.loss > EXACT)
-        return replace(end.after(found.iterations), loss=loss, stalled=stalled)
+        return replace(end.after(found.iterations), loss=loss)
 
-    def _search(self, distance: type[Distance], start: Tensor, victims: Tensor, solved: float) -> Found:
-        settings = LBFGS(self.settings.iterations, self.settings.history, solved)
-        end = minimise(lambda x, rows: self._evaluate(distance, x, victims[rows]), start, settings)
-        found = Found(end.x, end.loss, end.iterations, end.stalled, end.exhausted)
-        stuck = (end.stalled & (end.loss > EXACT)).nonzero()[:, 0]
+    def _search(
+        self, distance: type[Distance], start: Tensor, victims: Tensor, solved: float, unit: Tensor | None = None
+    ) -> Found:
+        """Minimise the distance, in units of `unit` [k], from `start` [k, n] on."""
+        units = torch.ones_like(start[:, 0]) if unit is None else unit.to(start)
+
+        def objective(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            loss, gradient = self._evaluate(distance, x, victims[rows])
+            return loss / units[rows], gradient / units[rows, None]
+
+        end = minimise(objective, start, LBFGS(self.settings.iterations, self.settings.history, solved))
+        # Where the image is found already, a search that stops has only reached the end of its precision.
+        stalled = end.stalled & (end.loss > FOUND)
+        found = Found(end.x, end.loss, end.iterations, stalled, end.exhausted)
+        stuck = stalled.nonzero()[:, 0]
         if self.settings.precision != "auto" or start.dtype == torch.float64 or len(stuck) == 0:
             return found
-        finer = self._search(distance, end.x[stuck].double(), victims[stuck], solved)
+        finer = self._search(distance, end.x[stuck].double(), victims[stuck], solved, units[stuck])
         return found.replaced(stuck, finer.after(found.iterations[stuck]))
 
     def _evaluate(self, distance: type[Distance], x: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,9 @@ STANDARD_NORMAL = Start(0.0, 1.0, 1.0)
 EXACT = 1e-8
 """Relative squared error below which a gradient must have been sent as it was: no defense leaves so little."""
 
+FOUND = 1e-5
+"""Balanced error, relative to that of a mid-grey image with the same label, of an image found to about 30 dB."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -94,6 +97,11 @@ class Dummies:
     def images(self, variables: Tensor) -> Tensor:
         """Return the images [m, B, C, H, W] in rows of variables."""
         return variables[:, : self.pixels].reshape(-1, *self.shape)
+
+    def greyed(self, variables: Tensor) -> Tensor:
+        """Return the variables with all pixels mid-grey and the labels as they are."""
+        pixels = torch.full_like(variables[:, : self.pixels], 0.5)
+        return torch.cat([pixels, variables[:, self.pixels :]], 1)
 
     def probabilities(self, variables: Tensor, victims: Tensor) -> Tensor:
         """Return the soft labels [m, B, classes] that rows of variables stand for."""

@@ -30,8 +30,12 @@ class GIAConfig(AttackSettings):
     """Adam steps; published: 24,000 for one image, 4,800 for batches."""
     learning_rate: float = Field(default=0.1, gt=0)
     """First step size, in pixel units; a tenth after 3/8, 5/8 and 7/8 of the iterations each."""
-    tv: float = Field(default=1e-6, ge=0)
-    """Weight of the total variation beside the cosine distance; published: 1e-4 to 0.2, tuned by model."""
+    tv: float = Field(default=3.0, ge=0)
+    """Weight of the total variation; see `relative_tv`."""
+    relative_tv: bool = True
+    """Whether `tv` is in units of the cosine distance reached so far, which needs no tuning by model and lets the
+    prior count for as much as the gradient leaves open; if not, beside the plain cosine distance, as published
+    (1e-4 to 0.2 in various codes)."""
 
     @property
     def knows_labels(self) -> bool:
@@ -46,8 +50,12 @@ class GIAConfig(AttackSettings):
 class GIA(Attack):
     """Moves every pixel by Adam on the sign of its derivative, inside the box [0, 1].
 
+    With `relative_tv` what is minimised is distance · exp(tv·TV), whose derivative has the direction of
+    ∇distance + (tv·distance)·∇TV: the most probable image where the strength of the noise is unknown. Distances
+    of equally good images differ by six orders of magnitude between models; one relative weight fits them all.
+
     Source: Geiping et al., "Inverting Gradients: How easy is it to break privacy in federated learning?",
-    NeurIPS 2020.
+    NeurIPS 2020; the relative weight is ours.
     """
 
     def __init__(self, settings: GIAConfig) -> None:
@@ -55,9 +63,9 @@ class GIA(Attack):
         self.settings = settings
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
-        """See `Attack`."""
-        distances = loss_at(observation, CosineDistance, self.settings.ignore, images, labels)
-        return distances + self.settings.tv * total_variation(images)[0]
+        """See `Attack`; the total variation counts as it does in the search."""
+        distance = loss_at(observation, CosineDistance, self.settings.ignore, images, labels)
+        return _objective(distance, total_variation(images)[0], self.settings)
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
@@ -66,9 +74,8 @@ class GIA(Attack):
         run = _Run(observation, labels, self.settings)
         for _ in range(self.settings.iterations):
             run.step()
-        restarts = self.settings.restarts
-        loss, chosen = run.best_loss.view(-1, restarts).min(1)
-        chosen = chosen + restarts * torch.arange(observation.victims, device=chosen.device)
+        loss, chosen = run.best_loss.view(observation.victims, -1).min(1)
+        chosen = chosen + self.settings.restarts * torch.arange(observation.victims, device=chosen.device)
         stalled = ~(loss < (1 - SIGNIFICANT) * run.first_loss[chosen])
         return Reconstruction(
             images=run.best[chosen],
@@ -101,7 +108,7 @@ class _Run:
         """Evaluate, note what is best, and move."""
         match = self.matching(self.images, self.probabilities, self.victims)
         variation, by_images = total_variation(self.images)
-        loss = match.loss + self.settings.tv * variation
+        loss = _objective(match.loss, variation, self.settings)
         better = loss < self.best_loss
         self.best_loss = torch.where(better, loss, self.best_loss)
         self.best[better] = self.images[better]
@@ -109,7 +116,9 @@ class _Run:
             self.first_loss = loss
         if self.done == self.settings.iterations * 9 // 10:
             self.mark = self.best_loss
-        self._move(by_images.mul_(self.settings.tv).add_(match.by_images).nan_to_num_().sign_())
+        weight = self.settings.tv * (match.loss if self.settings.relative_tv else torch.ones_like(loss))
+        gradient = by_images.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)
+        self._move(gradient.nan_to_num_().sign_())
 
     def _move(self, gradient: Tensor) -> None:
         decays = sum(self.done >= share * self.settings.iterations for share in DECAY_AT)
@@ -119,6 +128,12 @@ class _Run:
         self.square.lerp_(gradient.square(), 1 - BETAS[1])
         scale = (self.square / (1 - BETAS[1] ** self.done)).sqrt_().add_(EPSILON)
         self.images.addcdiv_(self.mean, scale, value=-rate / (1 - BETAS[0] ** self.done)).clamp_(0, 1)
+
+
+def _objective(distance: Tensor, variation: Tensor, settings: GIAConfig) -> Tensor:
+    if settings.relative_tv:
+        return distance * (settings.tv * variation).exp()
+    return distance + settings.tv * variation
 
 
 def _starts(observation: Observation, restarts: int) -> Tensor:

@@ -21,8 +21,8 @@ from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation
 
-PIECE_BYTES = 128 * 2**20
-"""Problems are evaluated in pieces whose parameter gradients take at most this many bytes."""
+PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+"""Problems are evaluated in pieces whose per-image parameter gradients would take at most this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class GradientMatching:
         self.distance = distance(Targets(targets, tuple(span.stop - span.start for span in self.spans)))
         self.engine = chain_of(observation.model, weights) or Autodiff(observation.model, weights)
         self.dimension = len(weights)
-        one = len(weights) * weights.element_size()
-        self.piece = max(1, PIECE_BYTES // (one * observation.batch_size))
+        one = len(weights) * weights.element_size() * observation.batch_size
+        self.piece = max(1, PIECE_BYTES.get(weights.device.type, PIECE_BYTES["cpu"]) // one)
 
     def __call__(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> Match:
         """Evaluate m problems.
@@ -200,7 +200,7 @@ class GradientMatching:
 
 def loss_at(
     observation: Observation,
-    distance: Callable[["Targets"], Distance],
+    distance: Callable[[Targets], Distance],
     ignore: tuple[str, ...],
     images: Tensor,
     labels: Tensor,

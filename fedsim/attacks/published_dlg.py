@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
-from fedsim.attacks.dummies import EXACT, STANDARD_NORMAL, Dummies, Found
+from fedsim.attacks.dummies import FOUND, STANDARD_NORMAL, Dummies, Found
 from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError, loss_at
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.privacy.observation import Observation, Reconstruction
@@ -77,5 +77,6 @@ class _Run:
         exhausted = torch.full_like(victim, falling, dtype=torch.bool)
         loss, _ = self.dummies.evaluate(self.relative, last, victim)
         parts, _ = self.dummies.evaluate(self.balanced, last, victim)
+        grey, _ = self.dummies.evaluate(self.balanced, self.dummies.greyed(last), victim)
         steps = torch.full_like(victim, optimiser.state[x]["n_iter"])
-        return Found(last, loss, steps, ~exhausted & (parts > EXACT), exhausted)
+        return Found(last, loss, steps, ~exhausted & ~(parts <= FOUND * grey), exhausted)

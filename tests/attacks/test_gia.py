@@ -35,9 +35,10 @@ def plain_loop(observation, victim, settings):
         (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
         distance = 1 - F.cosine_similarity(gradient, observation.gradients[victim], dim=0)
         down, across = x.diff(dim=-2).abs().mean(), x.diff(dim=-1).abs().mean()
-        total = distance + settings.tv * (down + across)
-        if float(total) < best_loss:
-            best, best_loss = x.detach().clone(), float(total)
+        variation = settings.tv * (down + across)
+        total = distance * variation.exp() if settings.relative_tv else distance + variation
+        if total.item() < best_loss:
+            best, best_loss = x.detach().clone(), total.item()
         (x.grad,) = torch.autograd.grad(total, x)
         x.grad.sign_()
         optimiser.step()
@@ -46,13 +47,14 @@ def plain_loop(observation, victim, settings):
     return best, best_loss
 
 
-def test_it_does_what_the_plain_loop_does():
+@pytest.mark.parametrize("settings", [{"tv": 1e-3, "relative_tv": False}, {"tv": 3.0}])
+def test_it_does_what_the_plain_loop_does(settings):
     # In float64 and for few steps, so that no rounding can flip a sign.
     _, _, observation = observed()
     observation.model.module.double()
     doubled = {name: getattr(observation, name).double() for name in ("weights", "gradients")}
     observation = replace(observation, **doubled)
-    settings = GIAConfig(iterations=16, tv=1e-3)
+    settings = GIAConfig(iterations=16, **settings)
     found = settings.build().reconstruct(observation)
     for victim in range(2):
         best, loss = plain_loop(observation, victim, settings)
@@ -81,7 +83,7 @@ def test_a_muted_layer_is_left_out():
 
 
 def test_restarts_are_chosen_by_the_loss():
-    _, _, observation = observed()
+    _, _, observation = observed(count=4)
     one = GIAConfig(iterations=60).build().reconstruct(observation)
     three = GIAConfig(iterations=60, restarts=3).build().reconstruct(observation)
     assert (three.loss <= one.loss * (1 + 1e-4)).all() and (three.loss < 0.999 * one.loss).any()
@@ -99,9 +101,17 @@ def test_more_variation_weight_gives_smoother_images():
     _, _, observation = observed()
     rough, smooth = (
         GIAConfig(iterations=100, tv=tv).build().reconstruct(observation).images.diff(dim=-1).abs().mean()
-        for tv in (0.0, 10.0)
+        for tv in (0.0, 300.0)
     )
     assert float(smooth) < 0.5 * float(rough)
+
+
+def test_the_loss_reported_is_the_loss_of_what_is_returned():
+    _, labels, observation = observed()
+    for settings in (GIAConfig(iterations=50), GIAConfig(iterations=50, tv=1e-3, relative_tv=False)):
+        attack = settings.build()
+        found = attack.reconstruct(observation)
+        torch.testing.assert_close(found.loss, attack.matching_loss(observation, found.images, labels))
 
 
 def test_a_search_cut_short_is_exhausted(monkeypatch):

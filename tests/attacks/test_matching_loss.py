@@ -49,10 +49,14 @@ def test_under_noise_the_loss_of_the_truth_is_that_of_the_noise() -> None:
 
 def test_total_variation_counts_in_the_loss_of_gia() -> None:
     observation, images, labels = observed(noise=0)
-    without = GIAConfig(tv=0).build().matching_loss(observation, images, labels)
-    with_tv = GIAConfig(tv=0.5).build().matching_loss(observation, images, labels)
-    variation = images.diff(dim=-1).abs().mean((1, 2, 3, 4)) + images.diff(dim=-2).abs().mean((1, 2, 3, 4))
-    assert torch.allclose(with_tv - without, 0.5 * variation, rtol=0.1)
+    other = 1 - images  # whose gradient is not the one observed
+    variation = other.diff(dim=-1).abs().mean((1, 2, 3, 4)) + other.diff(dim=-2).abs().mean((1, 2, 3, 4))
+
+    def loss(**settings: object) -> torch.Tensor:
+        return GIAConfig(**settings).build().matching_loss(observation, other, labels)
+
+    assert torch.allclose(loss(tv=0.5, relative_tv=False) - loss(tv=0), 0.5 * variation, rtol=0.01)
+    assert torch.allclose(loss(tv=0.5) / loss(tv=0), (0.5 * variation).exp(), rtol=0.01)
 
 
 def test_muted_parameters_do_not_count() -> None:
