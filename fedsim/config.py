@@ -63,7 +63,8 @@ class AuditConfig(Schema):
     batch_size: int = Field(default=1, ge=1)
     """Images behind a probe gradient."""
     payload: Literal["probe", "training"] = "probe"
-    """`probe`: a protected gradient of `batch_size` images; `training`: one of the size that training uses."""
+    """`probe`: a protected gradient of `batch_size` images; `training`: the very update that a client contributes,
+    whose local steps the attacker simulates."""
     adversaries: tuple[Literal["naive"], ...] = ("naive",)
     """What the attacker knows of the defense; `naive`: not that there is one."""
     victims_per_shard: int = Field(default=4, ge=1)
@@ -146,8 +147,6 @@ class ExperimentConfig(Schema):
         if self.federation.local_steps != 1:
             if self.defense.needs_one_local_step():
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")
-            if self.audit.payload == "training" and self.attacks:
-                raise ValueError("audit.payload: training needs federation.local_steps: 1; use probe")
         return self
 
     def to_dict(self) -> dict[str, Any]:

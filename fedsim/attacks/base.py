@@ -5,11 +5,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
 
-LabelKnowledge = Literal["known", "idlg", "joint"]
-"""How the attacker gets labels: given, by iDLG's sign rule, or found together with the images."""
+LabelSource = Literal["known", "recovered"]
+"""How an attacker that does not search for labels gets them: given, or from the last layer's gradient."""
 
 
 class Attack:
@@ -56,6 +57,17 @@ class AttackSettings(Schema):
     def knows_labels(self) -> bool:
         """Whether the audit hands the victims' labels to the attack."""
         return False
+
+    def check(self, model: Model, batch_size: int) -> None:
+        """See that the attack applies, before any work starts.
+
+        Args:
+            model: The architecture.
+            batch_size: Number of images behind each gradient.
+
+        Raises:
+            ConfigError: If it does not.
+        """
 
     def build(self) -> Attack:
         """Return the attack."""

@@ -7,11 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.attacks.base import Attack, AttackSettings
+from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.gradient_matching import CosineDistance, GradientMatching, loss_at
-from fedsim.attacks.labels import known_labels, one_hot
+from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.randomness import Purpose, torch_stream
 
@@ -37,10 +38,18 @@ class GIAConfig(AttackSettings):
     prior count for as much as the gradient leaves open; if not, beside the plain cosine distance, as published
     (1e-4 to 0.2 in various codes)."""
 
+    labels: LabelSource = "known"
+    """`known`, as published, or `recovered` from the last layer's gradient."""
+
     @property
     def knows_labels(self) -> bool:
-        """The attack is defined for known labels."""
-        return True
+        """Whether labels are given."""
+        return self.labels == "known"
+
+    def check(self, model: Model, batch_size: int) -> None:
+        """See `AttackSettings.check`: labels are recovered from a last linear layer."""
+        if self.labels == "recovered":
+            last_linear(model)
 
     def build(self) -> Attack:
         """Return the attack."""
@@ -70,7 +79,7 @@ class GIA(Attack):
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
-        labels = known_labels(observation, "gia")
+        labels = labels_from(self.settings.labels, observation, "gia")
         run = _Run(observation, labels, self.settings)
         for _ in range(self.settings.iterations):
             run.step()

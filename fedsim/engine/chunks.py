@@ -14,7 +14,7 @@ from fedsim.engine.session import Session
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import Indices, as_tensor
 from fedsim.learning.training import LocalResult
-from fedsim.privacy.observation import Observation, Payload, Reconstruction, Victim
+from fedsim.privacy.observation import ONE_STEP, LocalTraining, Observation, Payload, Reconstruction, Victim
 from fedsim.randomness import Purpose
 
 EVALUATION_BATCH = 500
@@ -58,12 +58,14 @@ class AttackJob:
         batch_size: Images behind each gradient.
         labels: The victims' labels [N, B], only for an attack that is assumed to know them.
         seeds: One seed a victim.
+        local: The local training behind each gradient.
     """
 
     attack: int
     batch_size: int
     labels: Indices | None
     seeds: tuple[int, ...]
+    local: LocalTraining = ONE_STEP
 
     def select(self, victims: slice) -> "AttackJob":
         """Return the job for some of the victims."""
@@ -150,7 +152,21 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
     training = session.spec.config.audit.payload == "training"
     purpose = Purpose.PROTECTION if training else Purpose.PROBE_PROTECTION
     streams = [victim.stream for victim in victims]
-    batches = [victim.images for victim in victims]
+    schedules = [np.split(victim.images, victim.steps) for victim in victims]
+    steps = len(schedules[0])
+    if steps == 1:
+        updates, statistics = _batch_gradients(session, weights, [batch for (batch,) in schedules])
+    else:
+        result = session.trainer.train(weights, schedules)
+        updates, statistics = result.updates, result.statistics
+    batches = [schedule[0] for schedule in schedules]
+    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
+    protected = session.defense.protect(updates, context)
+    return Payload(session.aggregation.visible(protected).detach().cpu().numpy(), statistics.cpu().numpy())
+
+
+def _batch_gradients(session: Session, weights: Tensor, batches: list[Indices]) -> tuple[Tensor, Tensor]:
+    """Return the gradients [N, d] of N batches, and the batch-norm statistics [N, b] that they showed."""
     model = session.model
 
     def loss(at: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,11 +179,7 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
         gradient, (_, seen) = grad_and_value(loss, has_aux=True)(weights, images, labels)
         gradients.append(gradient)
         statistics.append(seen.detach())
-    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=1)
-    protected = session.defense.protect(torch.stack(gradients), context)
-    return Payload(
-        session.aggregation.visible(protected).detach().cpu().numpy(), torch.stack(statistics).cpu().numpy()
-    )
+    return torch.stack(gradients), torch.stack(statistics)
 
 
 def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> Reconstruction:
@@ -196,6 +208,7 @@ def _observation(session: Session, weights: Tensor, payload: Payload, job: Attac
         statistics=as_tensor(payload.statistics, device),
         labels=None if job.labels is None else as_tensor(job.labels, device),
         seeds=job.seeds,
+        local=job.local,
     )
 
 

@@ -18,11 +18,13 @@ class Victim:
         client: Its number.
         images: Indices of the images behind what it sends, shape [B].
         stream: Counter of the private randomness with which it protects what it sends.
+        steps: Local steps behind what it sends; the images are shared by them evenly, in order.
     """
 
     client: int
     images: NDArray[np.int64]
     stream: int
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,22 @@ class Payload:
 
 
 @dataclass(frozen=True)
+class LocalTraining:
+    """The local SGD behind what was sent, which is public; one step is a plain gradient.
+
+    Attributes:
+        steps: Local steps; the B images are shared by them evenly, in order.
+        learning_rate: The clients' learning rate.
+    """
+
+    steps: int = 1
+    learning_rate: float = 1.0
+
+
+ONE_STEP = LocalTraining()
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the protocol showed the server of N victims in one round. It holds no ground truth.
 
@@ -50,6 +68,7 @@ class Observation:
         labels: The victims' labels, shape [N, B], only when the adversary is assumed to know them.
         seeds: One seed a victim, for the attack's own random draws, length N: a victim is attacked alike
             whichever others are attacked beside it.
+        local: The local training behind each gradient.
     """
 
     model: Model
@@ -59,6 +78,7 @@ class Observation:
     statistics: Tensor
     labels: Tensor | None
     seeds: tuple[int, ...]
+    local: LocalTraining = ONE_STEP
 
     @property
     def victims(self) -> int:
