@@ -114,11 +114,12 @@ def test_two_rounds_of_plain_pytorch_with_two_local_steps(tmp_path: Path) -> Non
             "learning_rate": 0.1,
             "labels": [3, 7],
             "batch_size": 2,
-            "attack": {"name": "dlg", "labels": "known"},
+            "attack": {"name": "dlg", "labels": "known", "iterations": 150, "precision": "float32"},
         }
     )
     checked = check_payload(config, tmp_path / "before.pt", tmp_path / "after.npz", tmp_path / "truth.pt")
-    assert attack_payload(checked).images["PSNR"].min() > 30
+    found = attack_payload(checked).images
+    assert found["loss_at_truth"].max() < 1e-6 and found["PSNR"].min() > 25
 
 
 def test_a_normalised_input_and_batch_norms_own_statistics(tmp_path: Path) -> None:
