@@ -1,0 +1,176 @@
+"""What runs inside one trial of Ray Tune: the simulations of one point, a seed after the other."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+
+from fedsim.config import ExperimentConfig, RuntimeConfig
+from fedsim.data.datasets import Dataset, dataset_key
+from fedsim.engine.process import start_process
+from fedsim.engine.runtime import Runtime
+from fedsim.errors import FedsimError
+from fedsim.progress import Reporter
+from fedsim.results import SimulationResult
+from fedsim.simulation import Simulation
+from fedsim.sweep.config import ROUND_METRICS, SweepConfig, point_id
+from fedsim.sweep.space import Point
+from fedsim.tracking import TrackedRun, Tracker
+
+REPORT_SECONDS = 1.0
+"""Between evaluations a trial reports at most this often: a report costs as much as a small round."""
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a sweep share.
+
+    Attributes:
+        config: The sweep.
+        folder: The sweep's folder, absolute: Tune changes the working directory.
+        tracking_uri: MLflow's store; None logs nothing.
+        parent_run: The sweep's own MLflow run.
+        data: Each data set by its key, as an object-store reference in a list, so that Ray leaves it be.
+        sys_path: Where users' modules lie.
+    """
+
+    config: SweepConfig
+    folder: Path
+    tracking_uri: str | None
+    parent_run: str | None
+    data: Mapping[str, Sequence[Any]]
+    sys_path: Sequence[str]
+
+    def run_folder(self, name: str) -> Path:
+        """Return the folder of one simulation."""
+        return self.folder / "trials" / name
+
+
+def run_trial(settings: Mapping[str, Any], context: TrialContext) -> None:
+    """Run the simulations of `settings["trial"]` (a point and its seeds) and report their mean at the end.
+
+    A simulation that is finished already is only read back; one with a checkpoint goes on from it. An error that
+    fedsim raises on purpose is reported, not raised: the same trial would only fail again.
+    """
+    start_process(context.sys_path)
+    point, seeds = settings["trial"]["point"], settings["trial"]["seeds"]
+    rounds_before, found = 0, []
+    for seed in seeds:
+        config = context.config.experiment_at(point, seed)
+        try:
+            result = _simulate(config, point, context, rounds_before)
+        except FedsimError as error:
+            tune.report({"error": f"{config.name}: {error}", "round": rounds_before})
+            return
+        rounds_before += config.federation.rounds
+        found.append(final_metrics(result))
+    means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    tune.report({**means, "round": rounds_before, "finished": True})
+
+
+def _simulate(
+    config: ExperimentConfig, point: Point, context: TrialContext, rounds_before: int
+) -> SimulationResult:
+    reference = context.data[dataset_key(config.data)][0]
+    dataset: Dataset = ray.get(reference)
+    runtime = _runtime(config.runtime)
+    runtime.share(dataset.fingerprint, reference)
+    folder = context.run_folder(config.name)
+    _adopt_checkpoint(folder / "checkpoints")
+    tracker = _tracker(context)
+    simulation = Simulation(
+        config,
+        output=folder,
+        dataset=dataset,
+        runtime=runtime,
+        tracker=tracker,
+        parent=TrackedRun(tracker, context.parent_run) if tracker and context.parent_run else None,
+        tags={
+            "fedsim.kind": "trial",
+            "fedsim.sweep": context.config.name,
+            "fedsim.trial": point_id(point),
+            "fedsim.dataset": config.data.name,
+            "fedsim.defense": config.defense.name,
+            "fedsim.seed": str(config.seed),
+        },
+        reporter=TuneReporter(rounds_before, {objective.metric for objective in context.config.objectives}),
+    )
+    return simulation.run(resume=True)
+
+
+def final_metrics(result: SimulationResult) -> dict[str, float]:
+    """Return what a trial reports at its end; PSNR and SSIM are those of the strongest attack."""
+    summary = result.summary
+    metrics = {name: float(summary[name]) for name in ("ACC", "ART", "upload_bytes")}
+    last = result.history[-1]
+    metrics |= {name: float(last[name]) for name in ("loss", "test_loss", "seconds") if name in last}
+    for metric in ("PSNR", "SSIM"):
+        means = {f"{audit.stem}.{metric}": audit.mean(metric) for audit in result.audits}
+        if means:
+            metrics |= {**means, metric: max(means.values())}
+    if summary["overhead"]:
+        metrics["ART_overhead"] = float(summary["overhead"]["median"])
+    return metrics
+
+
+class TuneReporter(Reporter):
+    """Reports a simulation's rounds to Tune, which may stop the trial there."""
+
+    def __init__(self, rounds_before: int, wanted: set[str]) -> None:
+        """Count rounds from `rounds_before`; every round is reported if it holds one of the `wanted` metrics."""
+        self.rounds_before, self.every = rounds_before, bool(wanted & {"loss", "seconds", "upload_bytes"})
+        self.reported = 0.0
+        self.checkpoint: Path | None = None
+
+    def round(self, record: dict[str, Any]) -> None:
+        """Report evaluated rounds, and others if the last report is a while ago."""
+        now = time.monotonic()
+        if not (self.every or "ACC" in record or now - self.reported > REPORT_SECONDS):
+            return
+        self.reported = now
+        metrics = {name: record[name] for name in ROUND_METRICS if record.get(name) is not None}
+        saved, self.checkpoint = self.checkpoint, None
+        tune.report(
+            {**metrics, "round": self.rounds_before + record["round"] + 1},
+            checkpoint=tune.Checkpoint.from_directory(str(saved)) if saved else None,
+        )
+
+    def saved(self, checkpoint: Path) -> None:
+        """Hand the checkpoint to Tune with the next report, so that another node can go on from it."""
+        self.checkpoint = checkpoint.parent
+
+
+def _adopt_checkpoint(folder: Path) -> None:
+    """Copy the checkpoints that Tune kept of this trial to where the simulation looks, if it finds none there."""
+    kept = tune.get_checkpoint()
+    if kept is None or folder.exists():
+        return
+    with kept.as_directory() as directory:
+        shutil.copytree(directory, folder)
+
+
+_held: dict[str, Runtime] = {}
+_trackers: dict[str, Tracker] = {}
+
+
+def _runtime(config: RuntimeConfig) -> Runtime:
+    """Return the actors of this process, kept for its next trials: starting them takes seconds."""
+    key = config.model_dump_json()
+    if key not in _held:
+        while _held:
+            _held.popitem()[1].close()
+        _held[key] = Runtime(config)
+    return _held[key]
+
+
+def _tracker(context: TrialContext) -> Tracker | None:
+    uri = context.tracking_uri
+    if uri is not None and uri not in _trackers:
+        _trackers[uri] = Tracker(uri, context.config.tracking.experiment)
+    return _trackers[uri] if uri is not None else None
