@@ -196,7 +196,7 @@ def load_sweep_config(path: Path) -> SweepConfig:
 
 def reported_metrics(config: ExperimentConfig) -> set[str]:
     """Return the names of what a trial of this experiment reports at its end."""
-    names = {*ROUND_METRICS, "ART", "rounds"}
+    names = {*ROUND_METRICS, "ART"}
     if config.attacks:
         names |= {"PSNR", "SSIM"}
         names |= {

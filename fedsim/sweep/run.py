@@ -30,8 +30,9 @@ from fedsim.sweep.trial import TrialContext, run_trial
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
 
 # Read by Tune: relative paths of the user keep their meaning, a report need not hold every objective, and nobody
-# needs Tune's own logs beside MLflow's.
+# needs Tune's own progress and logs beside ours and MLflow's.
 TUNE_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -1,5 +1,6 @@
 """What runs inside one trial of Ray Tune: the simulations of one point, a seed after the other."""
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,8 @@ def run_trial(settings: Mapping[str, Any], context: TrialContext) -> None:
     fedsim raises on purpose is reported, not raised: the same trial would only fail again.
     """
     start_process(context.sys_path)
+    for name in ("ray.train", "ray.tune"):  # a line a checkpoint would drown the sweep's own
+        logging.getLogger(name).setLevel(logging.WARNING)
     point, seeds = settings["trial"]["point"], settings["trial"]["seeds"]
     rounds_before, found = 0, []
     for seed in seeds:
