@@ -47,8 +47,9 @@ def _write(comparison: Comparison, folder: Path) -> None:
             _save(folder / f"table_{table}.{ending}", render(blocks_of(blocks, table)))
     _save(folder / "images.csv", tables.images_csv(comparison))
     rows = adversaries.summarise(comparison)
-    _save(folder / "adversaries.csv", adversaries.csv(rows))
-    _save(folder / "adversaries.md", adversaries.markdown(rows))
+    if rows:
+        _save(folder / "adversaries.md", adversaries.markdown(rows))
+        _save(folder / "adversaries.csv", adversaries.csv(adversaries.every(comparison)))
     _save(folder / "configs" / "comparison.yaml", comparison.config)
     for key, config in comparison.configs.items():
         _save(folder / "configs" / f"{key}.yaml", config)
