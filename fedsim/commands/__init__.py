@@ -1,11 +1,12 @@
 """The commands of the command line, one file a subject. Heavy modules are imported when a command runs."""
 
-from fedsim.commands import compare, reading, run
+from fedsim.commands import compare, reading, run, sweep
 from fedsim.commands.base import Command
 
 ALL = (
     Command("run", "one simulation: training under a defense, audited by attacks", run.run_arguments, run.run),
     Command("compare", "the tables: defenses × attacks × data sets", compare.compare_arguments, compare.compare),
+    Command("sweep", "a sweep over a search space, on Ray Tune", sweep.sweep_arguments, sweep.sweep),
     Command(
         "tables", "print the tables of a comparison again, from MLflow", reading.reading_arguments, reading.tables
     ),

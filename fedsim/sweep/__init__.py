@@ -11,6 +11,6 @@ What a sweep leaves in MLflow (the contract with `analysis/`):
   `mlflow.parentRunId`; a trial of a sweep over a comparison also has `fedsim.table`.
 * Params: the resolved config by dotted path. Metrics, curves and artifacts: those of a single run, as
   `TrackedRun.round` and `TrackedRun.result` log them.
-* Status: FINISHED is a trial that ran to its end, or one that a scheduler or a stop rule ended early: such a one has
-  the tag `fedsim.stopped` (the round) and no final PSNR and SSIM. FAILED has the tag `fedsim.reason`.
+* Status: FINISHED is a trial that ran to its end, or one that a scheduler or a stop rule ended early: such a one
+  has the tag `fedsim.stopped` (the round) and no final metrics. FAILED has the tag `fedsim.reason`.
 """
