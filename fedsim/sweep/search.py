@@ -174,8 +174,10 @@ class Ledger:
     def add(self, trial: Trial, draws: Mapping[str, Any]) -> None:
         """Write a trial down before it starts."""
         entry = {"trial": vars(trial), "draws": draws}
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        cut_short = bool(text) and not text.endswith("\n")
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" * cut_short + json.dumps(entry) + "\n")
 
     def trial_folder(self, trial: Trial) -> Path:
         """Return where a trial keeps its files."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.util import get_current_placement_group
 
 from fedsim.config import ExperimentConfig
@@ -120,8 +121,10 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FedsimError) else f"{type(error).__name__}: {text}"
+    """Return the failure in one line; of one that came from a worker, the cause and not the traceback."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    text = " ".join(str(cause).split())
+    return text if isinstance(cause, FedsimError) else f"{type(cause).__name__}: {text}"
 
 
 def _simulate(trial: Trial, shared: Shared) -> dict[str, Any]:
