@@ -291,7 +291,8 @@ class _Run:
 
     def _checkpoint(self) -> None:
         if self.checkpoints:
-            self.checkpoints.save(Checkpoint(len(self.history), self.federation.state(), self.history))
+            state = Checkpoint(len(self.history), self.federation.state(), self.history)
+            self.reporter.saved(self.checkpoints.save(state))
 
     def _overhead(self) -> Overhead | None:
         pairs = self.config.overhead_pairs

@@ -6,7 +6,7 @@ from fedsim.commands.base import Command
 ALL = (
     Command("run", "one simulation: training under a defense, audited by attacks", run.run_arguments, run.run),
     Command("compare", "the tables: defenses × attacks × data sets", compare.compare_arguments, compare.compare),
-    Command("sweep", "a sweep over a search space, on Ray Tune", sweep.sweep_arguments, sweep.sweep),
+    Command("sweep", "a search over settings, on Ray Tune", sweep.sweep_arguments, sweep.sweep),
     Command(
         "tables", "print the tables of a comparison again, from MLflow", reading.reading_arguments, reading.tables
     ),

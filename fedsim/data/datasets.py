@@ -186,8 +186,8 @@ DatasetConfig = Annotated[
 
 
 def dataset_key(config: DatasetConfig) -> str:
-    """Return a text that is the same for settings of the same images, however they are split over clients."""
-    return config.model_dump_json(exclude={"partition"})
+    """Return a text that is the same for configs of the same images, however these are split."""
+    return f"{config.name} {config.shape} {config.model_dump_json(exclude={'partition'})}"
 
 
 def load_dataset(config: DatasetConfig, data_dir: Path | None = None, download: bool = True) -> Dataset:

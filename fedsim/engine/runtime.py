@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -43,50 +44,60 @@ def check_address(address: str) -> None:
         raise ConfigError(f"no Ray runtime at {address}: {error.strerror or error}") from error
 
 
-def start_ray(address: str | None, cpus: int, **options: Any) -> str | None:
-    """Connect to the cluster at `address`, or start a private Ray with `cpus` CPUs on this machine.
+class Cluster:
+    """Ray itself: a private one on this machine, or a connection to one that runs; use it as a context manager."""
 
-    Returns:
-        The private Ray's temporary folder, for `stop_ray`.
+    def __init__(self, address: str | None = None, cpus: int = 0) -> None:
+        """Connect to the cluster at `address`, or start a private Ray with at least `cpus` CPUs.
 
-    Raises:
-        ConfigError: If there is no Ray to be had.
-    """
-    common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, **options}
-    temporary = None
-    if address is not None:
-        check_address(address)
-    else:
-        temporary = tempfile.mkdtemp(prefix="fedsim-")
-        common |= {"_temp_dir": temporary, "num_cpus": cpus}
-    try:
-        ray.init(address=address or "local", namespace="fedsim", **common)
-    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
-        stop_ray(temporary)
-        where = address or "this machine"
-        raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
-    return temporary
+        Raises:
+            ConfigError: If the cluster cannot be reached.
+        """
+        self._temporary: str | None = None
+        common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
+        if address is not None:
+            check_address(address)
+        else:
+            self._temporary = tempfile.mkdtemp(prefix="fedsim-")
+            common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
+        try:
+            ray.init(address=address or "local", namespace="fedsim", **common)
+        except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+            self.close()
+            where = address or "this machine"
+            raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
 
+    def close(self) -> None:
+        """Stop the private Ray and remove its files, or leave the cluster."""
+        ray.shutdown()
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
 
-def stop_ray(temporary: str | None) -> None:
-    """Leave Ray; a private one ends, and its files go."""
-    ray.shutdown()
-    if temporary:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def __enter__(self) -> "Cluster":
+        """Return the cluster itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
 
 
 class Runtime:
-    """A Ray runtime with its worker pool; use it as a context manager.
+    """A worker pool and a parameter server on Ray; use it as a context manager.
 
     Attributes:
         pool: The workers.
         server: Handle of the parameter-server actor.
     """
 
-    def __init__(
-        self, config: RuntimeConfig, address: str | None = None, group: PlacementGroup | None = None
-    ) -> None:
-        """Connect to the cluster at `address`, or start a private Ray on this machine.
+    def __init__(self, config: RuntimeConfig, address: str | None = None) -> None:
+        """Start the actors on the Ray that this process is part of, the cluster at `address`, or a private Ray.
 
         Given a placement group, Ray is up already and is left as it is: one worker is placed in each bundle of
         the group, and the server wherever there is room in it.
@@ -94,18 +105,18 @@ class Runtime:
         Raises:
             ConfigError: If the cluster cannot be reached or has not the resources for one worker.
         """
-        self._temporary: str | None = None
-        self._config, self._group = config, group
-        if group is None:
-            cpus = local_cpus()
-            wanted = cpus if config.workers == "auto" else config.workers
-            self._temporary = start_ray(address, max(cpus, wanted))
+        self._config = config
+        self._actors: list[ActorHandle] = []
+        wanted = 0 if config.workers == "auto" else config.workers
+        self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
             restart = {"max_restarts": -1, "max_task_retries": 0}
             worker, server = ray.remote(ClientWorker), ray.remote(ParameterServer)
             paths = [os.getcwd(), *sys.path]
-            self.pool = WorkerPool([worker.options(**restart, **o).remote(paths) for o in self._placements()])
-            self.server = server.options(**restart, num_cpus=0, **self._inside(-1)).remote(paths)
+            workers = [worker.remote(paths) for _ in range(count)]
+            self.server = server.remote(paths)
+            self._actors += [*workers, self.server]
+            self.pool = WorkerPool(workers)
         except BaseException:
             self.close()
             raise
@@ -135,7 +146,7 @@ class Runtime:
         return self._puts[key]
 
     def share(self, key: str, reference: Any) -> None:
-        """Use `reference`, which somebody else has put, where `put` is asked for `key`."""
+        """Let `put` of `key` return a reference that somebody else has put."""
         self._puts[key] = reference
 
     def _worker_count(self, gpus: float) -> int:
@@ -146,12 +157,11 @@ class Runtime:
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def close(self) -> None:
-        """Stop the actors, the private runtime and its files; a Ray that was up before stays up."""
-        if self._group is None:
-            stop_ray(self._temporary)
-            self._temporary = None
+        """Stop the actors, and the private Ray if this runtime started one."""
+        if self._cluster:
+            self._cluster.close()
             return
-        for actor in (*self.pool.workers, self.server):
+        for actor in self._actors:
             ray.kill(actor)
 
     def __enter__(self) -> "Runtime":

@@ -1,40 +1,28 @@
-"""What a sweep file may say: base experiment, search space, objectives, and how to search."""
+"""A sweep in one schema: what varies around which experiment, what is sought, and how long it may take."""
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from fedsim.schema import Schema
+from fedsim.config import ExperimentConfig, TrackingConfig, merged, parse_config, read_yaml
+from fedsim.errors import ConfigError
+from fedsim.schema import Schema, explain, suggest
+from fedsim.sweep.space import Point, Settings, Space, lay
 
-MOST_TRIALS = 10_000
 ROUND_METRICS = ("ACC", "loss", "test_loss", "seconds", "upload_bytes")
-"""What a trial reports while it runs; `ACC` and `test_loss` in rounds that are evaluated."""
+"""What a trial can report after every round; the others come with its end."""
 
 
-class GridConfig(Schema):
-    """Every combination of a space of `grid`s and `choice`s."""
+class Objective(Schema):
+    """One figure that is sought."""
 
-    name: Literal["grid"] = "grid"
-
-
-class RandomConfig(Schema):
-    """Independent draws; an option of a grid or a choice is drawn with equal chance."""
-
-    name: Literal["random"] = "random"
-    seed: int = Field(default=0, ge=0)
-    """Seed of the draws."""
-
-
-class OptunaConfig(Schema):
-    """Optuna's tree-structured Parzen estimator; with several objectives its multi-objective form."""
-
-    name: Literal["optuna"] = "optuna"
-    seed: int = Field(default=0, ge=0)
-    """Seed of the sampler."""
-    startup: int = Field(default=10, ge=1)
-    """Points drawn at random before the estimator is used."""
+    metric: str
+    """ACC, ART, PSNR, SSIM, … ; PSNR and SSIM are those of the strongest attack of the trial."""
+    direction: Literal["max", "min"]
+    """Whether more or less of it is better."""
 
 
 class FifoConfig(Schema):
@@ -43,109 +31,200 @@ class FifoConfig(Schema):
     name: Literal["fifo"] = "fifo"
 
 
-class EarlyStopping(Schema):
-    """What schedulers that stop trials early have in common."""
+class AshaConfig(Schema):
+    """Asynchronous successive halving: at each rung only the best share goes on (Li et al., MLSys 2020)."""
 
-    metric: str = "ACC"
-    """Metric that trials report while they run, by which they are compared."""
-    mode: Literal["max", "min"] = "max"
-    """Whether more of it is better."""
+    name: Literal["asha"] = "asha"
+    grace_rounds: int = Field(default=10, ge=1)
+    """Rounds before which no trial is stopped."""
+    reduction_factor: float = Field(default=3, gt=1)
+    """One in so many goes on at each rung."""
+
+
+class MedianConfig(Schema):
+    """Stops a trial whose best so far is below the median of the others' averages (Golovin et al., KDD 2017)."""
+
+    name: Literal["median"] = "median"
     grace_rounds: int = Field(default=10, ge=1)
     """Rounds before which no trial is stopped."""
 
 
-class AshaConfig(EarlyStopping):
-    """Asynchronous successive halving (Li et al., MLSys 2020)."""
-
-    name: Literal["asha"] = "asha"
-    reduction: float = Field(default=3, gt=1)
-    """Of this many trials at a rung, one goes on."""
-
-
-class MedianConfig(EarlyStopping):
-    """Stops a trial whose best is worse than the median of the others' running means."""
-
-    name: Literal["median"] = "median"
-    min_trials: int = Field(default=3, ge=1)
-    """Trials that must have come as far before one is stopped."""
-
-
-SearchConfig = Annotated[GridConfig | RandomConfig | OptunaConfig, Field(discriminator="name")]
 SchedulerConfig = Annotated[FifoConfig | AshaConfig | MedianConfig, Field(discriminator="name")]
 
 
+class RandomSearchConfig(Schema):
+    """The grid, crossed with random draws of the other axes."""
+
+    name: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+
+class OptunaSearchConfig(Schema):
+    """Optuna's tree-structured Parzen estimator; for several objectives its multi-objective form."""
+
+    name: Literal["optuna"] = "optuna"
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampler."""
+    startup_trials: int = Field(default=10, ge=1)
+    """Random trials before the model takes over."""
+
+
+SearchConfig = Annotated[RandomSearchConfig | OptunaSearchConfig, Field(discriminator="name")]
+
+
 class BudgetConfig(Schema):
-    """How much a sweep may spend."""
+    """How much may be tried."""
 
-    trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS)
-    """Trials, over all seeds; null: all of the grid (other searches need a number here or hours)."""
+    trials: int | None = Field(default=None, ge=1)
+    """Points tried, each with every seed; null: the grid, once."""
     hours: float | None = Field(default=None, gt=0)
-    """After so many hours no trial is started; those under way go on to their end."""
-
-
-class StopConfig(Schema):
-    """Bounds of a metric at which a trial is stopped."""
-
-    at_least: float | None = None
-    """Stop when the metric is this or more."""
-    at_most: float | None = None
-    """Stop when the metric is this or less."""
-
-    def met(self, value: float | None) -> bool:
-        """Return whether a trial with this value is to stop."""
-        if value is None:
-            return False
-        over = self.at_least is not None and value >= self.at_least
-        return over or (self.at_most is not None and value <= self.at_most)
+    """Hours after which the sweep ends; trials under way are kept for `--resume`."""
 
 
 class SweepConfig(Schema):
-    """A sweep as it is written in `tune_configs/`."""
+    """Simulations over a search space."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the sweep and of its folder."""
-    experiment: dict[str, Any] | str = Field(default_factory=dict)
-    """What all trials share: settings, or a YAML file of them (its path is relative to the sweep's)."""
+    base: str | None = None
+    """YAML file of the base experiment, relative to the sweep's own file."""
+    experiment: Settings = Field(default_factory=dict)
+    """Settings laid over the base experiment (or over the defaults)."""
     space: dict[str, Any] = Field(default_factory=dict)
-    """A distribution for each path; the path `.` is the whole experiment."""
-    comparison: str | None = None
-    """In place of experiment and space: every cell of this comparison (a preset or a YAML file)."""
+    """By dotted path: a constant, or {grid: [...]}, {choice: [...]}, {uniform: [low, high]},
+    {loguniform: [low, high]}, {quniform: [low, high, step]}."""
+    alternatives: tuple[dict[str, Any], ...] = ()
+    """Conditional parts of the space: exactly one of them holds in a point, each written as `space` is."""
+    objectives: tuple[Objective, ...] = (Objective(metric="ACC", direction="max"),)
+    """What is sought; the first one steers the scheduler."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """One trial a point for each of them."""
-    objectives: dict[str, Literal["max", "min"]] = Field(default={"ACC": "max"}, min_length=1)
-    """Metrics to optimise with their directions; with several the summary is the Pareto set.
-
-    `PSNR` and `SSIM` are those of the most successful attack; `<attack>.PSNR` those of one attack, and
-    `<attack>-<adversary>-r<round>.PSNR` those of one audit.
-    """
-    search: SearchConfig = GridConfig()
-    """How points are chosen."""
+    """Seeds of every point."""
     scheduler: SchedulerConfig = FifoConfig()
     """Which trials are stopped early."""
+    search: SearchConfig = RandomSearchConfig()
+    """How points are chosen."""
     budget: BudgetConfig = BudgetConfig()
-    """When the sweep ends."""
-    stop: dict[str, StopConfig] = Field(default_factory=dict)
-    """By metric that trials report while they run: when a trial has seen enough."""
+    """How much is tried."""
+    stop: dict[str, float] = Field(default_factory=dict)
+    """Ends a trial as soon as a figure that it reports each round reaches this value, e.g. {ACC: 0.95}."""
+    retries: int = Field(default=2, ge=0)
+    """Times that a trial whose process or node died goes on from its checkpoint."""
     concurrent: int | None = Field(default=None, ge=1)
-    """Most trials at a time; null: as many as there is room for."""
-    retries: int = Field(default=3, ge=0)
-    """Times that a trial whose process died is started again from its checkpoint."""
+    """Trials at a time; null: as many as the cluster holds."""
+    elastic: bool = False
+    """The cluster grows on demand: do not refuse a trial that does not fit on it now."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "SweepConfig":
-        if self.comparison is not None and (self.space or self.experiment):
-            raise ValueError("comparison: it brings its own settings; leave out experiment and space")
-        if self.comparison is None and not self.space:
-            raise ValueError("space: it is empty; name a path and a distribution, e.g. defense.sigma")
-        if self.search.name == "grid":
-            return self
-        if self.comparison is not None:
-            raise ValueError(f"search: a comparison is a grid, not for {self.search.name}")
-        if self.budget.trials is None and self.budget.hours is None:
-            raise ValueError(f"budget: {self.search.name} needs trials or hours")
+    def _consistent(self) -> "SweepConfig":
+        steered = isinstance(self.scheduler, AshaConfig | MedianConfig)
+        if steered and self.objectives[0].metric not in ROUND_METRICS:
+            raise ValueError(
+                f"scheduler: {self.scheduler.name} stops trials by the first objective, which must be known every "
+                f"round ({', '.join(ROUND_METRICS)}), not {self.objectives[0].metric}"
+            )
+        if isinstance(self.search, OptunaSearchConfig) and self.budget.trials is None:
+            raise ValueError("budget.trials: optuna needs to know how many points to try")
+        for metric in self.stop:
+            if metric not in ROUND_METRICS:
+                raise ValueError(f"stop: not reported every round: {suggest(metric, ROUND_METRICS)}")
         return self
 
     def fingerprint(self) -> str:
-        """Return a digest of all that says which trials there are; budget, stopping and room may change."""
-        data = self.model_dump(mode="json", exclude={"budget", "concurrent", "retries"})
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        """Return a digest of what is swept; budget and resources may change on a resume."""
+        kept = self.model_dump(
+            mode="json", include={"base", "experiment", "space", "alternatives", "seeds", "search"}
+        )
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def parsed_space(self) -> Space:
+        """Return the space; ConfigError if it is malformed or too large."""
+        return Space.parse(self.space, self.alternatives)
+
+    def points(self) -> list[Point]:
+        """Return the points of a grid or random search.
+
+        Raises:
+            ConfigError: If the budget and the space do not go together.
+        """
+        space, trials = self.parsed_space(), self.budget.trials
+        if trials is None and space.has_random:
+            raise ConfigError("budget.trials: a space with random axes needs it")
+        if trials is not None and trials < space.combinations:
+            raise ConfigError(f"budget.trials: the grid alone has {space.combinations} points, more than {trials}")
+        points = space.points(-(-(trials or 1) // space.combinations), self.search.seed)
+        return points[:trials]
+
+    def experiment_at(self, point: Point, seed: int) -> ExperimentConfig:
+        """Return the experiment at a point; ConfigError with the setting that is wrong."""
+        settings = lay(merged(ExperimentConfig().to_dict(), self.experiment), point)
+        settings |= {"seed": seed, "name": trial_name(point, seed), "tracking": self.tracking.model_dump()}
+        if settings["runtime"]["workers"] == "auto":
+            settings["runtime"]["workers"] = 1
+        shown = ", ".join(f"{path}={value}" for path, value in point.items()) or "the base experiment"
+        return parse_config(settings, f"{self.name}, {shown}")
+
+
+def point_id(point: Point) -> str:
+    """Return a short name of a point that does not depend on the order of its paths."""
+    return hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def trial_name(point: Point, seed: int) -> str:
+    """Return the name of one simulation of a sweep, the same after a resume."""
+    return f"{point_id(point)}-seed{seed}"
+
+
+def load_sweep_config(path: Path) -> SweepConfig:
+    """Read a sweep from a YAML file, its base experiment included.
+
+    Raises:
+        ConfigError: If a file is missing or not valid.
+    """
+    data = read_yaml(path)
+    try:
+        config = SweepConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, data)}") from None
+    if config.base is None:
+        return config
+    base = read_yaml(path.parent / config.base)
+    return config.model_copy(update={"base": None, "experiment": merged(base, config.experiment)})
+
+
+def reported_metrics(config: ExperimentConfig) -> set[str]:
+    """Return the names of what a trial of this experiment reports at its end."""
+    names = {*ROUND_METRICS, "ART"}
+    if config.attacks:
+        names |= {"PSNR", "SSIM"}
+        names |= {
+            f"{attack.title}-{adversary}-r{round_}.{metric}"
+            for attack in config.attacks
+            for adversary in config.audit.adversaries
+            for round_ in config.audit.rounds
+            for metric in ("PSNR", "SSIM")
+        }
+    if config.overhead_pairs:
+        names.add("ART_overhead")
+    return names
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """See that every point that could be tried is a valid experiment that reports the objectives.
+
+    A grid or random search is checked point by point; for Optuna every choice and both ends of every interval.
+
+    Raises:
+        ConfigError: With the first that is not.
+    """
+    space = config.parsed_space()
+    adaptive = isinstance(config.search, OptunaSearchConfig)
+    tried = [] if adaptive else config.points()
+    for point in [*space.corners(grid=adaptive), *tried]:
+        experiment = config.experiment_at(point, config.seeds[0])
+        known = reported_metrics(experiment)
+        for objective in config.objectives:
+            if objective.metric not in known:
+                raise ConfigError(f"objectives: no trial reports {suggest(objective.metric, known)}")

@@ -1,12 +1,9 @@
-"""What runs in a trial: one simulation, on worker actors in the trial's placement group.
+"""What runs inside one trial of Ray Tune: the simulations of one point, a seed after the other."""
 
-The process of a trial outlives it (Tune reuses it for the next), and with it the worker actors, the connection to
-MLflow and the data: from the second trial on, a trial starts in a fraction of a second.
-"""
-
+import logging
+import shutil
 import time
-import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,184 +11,169 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
-from ray.util import get_current_placement_group
 
-from fedsim.config import ExperimentConfig
-from fedsim.data.datasets import dataset_key
+from fedsim.config import ExperimentConfig, RuntimeConfig
+from fedsim.data.datasets import Dataset, dataset_key
+from fedsim.engine.process import start_process
 from fedsim.engine.runtime import Runtime
-from fedsim.errors import FedsimError, RunError
+from fedsim.errors import FedsimError
 from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.simulation import Simulation
-from fedsim.sweep.config import ROUND_METRICS
-from fedsim.sweep.plan import SweepPlan, Trial
-from fedsim.tracking import TrackedRun, Tracker, patiently
+from fedsim.sweep.config import ROUND_METRICS, SweepConfig, point_id
+from fedsim.sweep.space import Point
+from fedsim.tracking import TrackedRun, Tracker
 
-REPORT_SECONDS = 0.2
-"""Rounds that end faster than this one after the other and are not evaluated share a report to Tune."""
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """Where trials log: MLflow's store, the experiment, the folder of its artifacts, and the sweep's run."""
-
-    uri: str
-    experiment: str
-    artifacts: str
-    parent: str
+REPORT_SECONDS = 1.0
+"""Between evaluations a trial reports at most this often: a report costs as much as a small round."""
 
 
 @dataclass(frozen=True)
-class Shared:
+class TrialContext:
     """What all trials of a sweep share.
 
     Attributes:
-        plan: The sweep.
-        folder: Absolute path of the folder of the trials' folders.
-        datasets: By `dataset_key`: fingerprint and object reference of each data set.
-        tracking: Where to log; None: nowhere.
+        config: The sweep.
+        folder: The sweep's folder, absolute: Tune changes the working directory.
+        tracking_uri: MLflow's store; None logs nothing.
+        parent_run: The sweep's own MLflow run.
+        data: Each data set by its key, as an object-store reference in a list, so that Ray leaves it be.
+        sys_path: Where users' modules lie.
     """
 
-    plan: SweepPlan
-    folder: str
-    datasets: dict[str, tuple[str, Any]]
-    tracking: Tracking | None
+    config: SweepConfig
+    folder: Path
+    tracking_uri: str | None
+    parent_run: str | None
+    data: Mapping[str, Sequence[Any]]
+    sys_path: Sequence[str]
+
+    def run_folder(self, name: str) -> Path:
+        """Return the folder of one simulation."""
+        return self.folder / "trials" / name
 
 
-class _Process:
-    """What one trial process keeps from trial to trial."""
+def run_trial(settings: Mapping[str, Any], context: TrialContext) -> None:
+    """Run the simulations of `settings["trial"]` (a point and its seeds) and report their mean at the end.
 
-    runtime: Runtime | None = None
-    tracker: Tracker | None = None
-
-    @classmethod
-    def open(cls, config: ExperimentConfig, shared: Shared) -> tuple[Runtime, Tracker | None]:
-        """Return the worker actors and MLflow, started by the first trial of this process."""
-        if cls.runtime is None:
-            group = get_current_placement_group()
-            if group is None:
-                raise RunError("a trial runs in a placement group only; start it by `fedsim sweep`")
-            cls.runtime = Runtime(config.runtime, group=group)
-        where = shared.tracking
-        if where and cls.tracker is None:
-            cls.tracker = patiently(lambda: Tracker(where.uri, where.experiment, Path(where.artifacts)))
-        return cls.runtime, cls.tracker
-
-
-class TrialReporter(Reporter):
-    """Tells Tune of every round, which may end the trial there and then."""
-
-    def __init__(self, started: float) -> None:
-        """Count from `started`, a time of the monotonic clock."""
-        self.started, self.first_round = started, 0.0
-        self._last, self._rounds = 0.0, 0
-
-    def begin(self, title: str, rounds: int, done: int = 0) -> None:
-        """See `Reporter.begin`."""
-        self._rounds = rounds
-
-    def round(self, record: dict[str, Any]) -> None:
-        """See `Reporter.round`."""
-        now = time.monotonic()
-        self.first_round = self.first_round or now - self.started
-        if "ACC" not in record and now - self._last < REPORT_SECONDS:
+    A simulation that is finished already is only read back; one with a checkpoint goes on from it. An error that
+    fedsim raises on purpose is reported, not raised: the same trial would only fail again.
+    """
+    start_process(context.sys_path)
+    for name in ("ray.train", "ray.tune"):  # a line a checkpoint would drown the sweep's own
+        logging.getLogger(name).setLevel(logging.WARNING)
+    point, seeds = settings["trial"]["point"], settings["trial"]["seeds"]
+    rounds_before, found = 0, []
+    for seed in seeds:
+        config = context.config.experiment_at(point, seed)
+        try:
+            result = _simulate(config, point, context, rounds_before)
+        except FedsimError as error:
+            tune.report({"error": f"{config.name}: {error}", "round": rounds_before})
             return
-        self._last = now
-        values = {name: record[name] for name in ROUND_METRICS if record.get(name) is not None}
-        tune.report({**values, "round": record["round"] + 1, "rounds": self._rounds})
+        rounds_before += config.federation.rounds
+        found.append(final_metrics(result))
+    means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    tune.report({**means, "round": rounds_before, "finished": True})
 
 
-def run_trial(config: dict[str, Any], shared: Shared) -> None:
-    """Run one trial to its end and report its final metrics, or why it failed.
-
-    A failure of the simulation is a result, which no retry would change; what Tune retries is a process that died.
-    """
-    trial = Trial(config["trial"], config["point"], config["seed"], config["values"])
-    try:
-        metrics = _simulate(trial, shared)
-    except (
-        Exception
-    ) as error:  # whatever a defense or an attack of the user's raises ends this trial, not the sweep
-        folder = Path(shared.folder) / trial.title
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        metrics = {"failure": _reason(error)}
-    tune.report(metrics)
-
-
-def _reason(error: Exception) -> str:
-    """Return the failure in one line; of one that came from a worker, the cause and not the traceback."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    text = " ".join(str(cause).split())
-    return text if isinstance(cause, FedsimError) else f"{type(cause).__name__}: {text}"
-
-
-def _simulate(trial: Trial, shared: Shared) -> dict[str, Any]:
-    started = time.monotonic()
-    config = shared.plan.experiment(trial)
-    runtime, tracker = _Process.open(config, shared)
-    fingerprint, reference = shared.datasets[dataset_key(config.data)]
-    runtime.share(fingerprint, reference)
-    reporter = TrialReporter(started)
+def _simulate(
+    config: ExperimentConfig, point: Point, context: TrialContext, rounds_before: int
+) -> SimulationResult:
+    reference = context.data[dataset_key(config.data)][0]
+    dataset: Dataset = ray.get(reference)
+    runtime = _runtime(config.runtime)
+    runtime.share(dataset.fingerprint, reference)
+    folder = context.run_folder(config.name)
+    _adopt_checkpoint(folder / "checkpoints")
+    tracker = _tracker(context)
     simulation = Simulation(
         config,
-        output=Path(shared.folder) / trial.title,
-        dataset=ray.get(reference),
+        output=folder,
+        dataset=dataset,
         runtime=runtime,
         tracker=tracker,
-        parent=TrackedRun(tracker, shared.tracking.parent) if tracker and shared.tracking else None,
-        tags=trial_tags(shared.plan.config.name, trial, config),
-        reporter=reporter,
+        parent=TrackedRun(tracker, context.parent_run) if tracker and context.parent_run else None,
+        tags={
+            "fedsim.kind": "trial",
+            "fedsim.sweep": context.config.name,
+            "fedsim.trial": point_id(point),
+            "fedsim.dataset": config.data.name,
+            "fedsim.defense": config.defense.name,
+            "fedsim.seed": str(config.seed),
+        },
+        reporter=TuneReporter(rounds_before, {objective.metric for objective in context.config.objectives}),
     )
-    result = simulation.run(resume=True)
-    rounds = result.summary["rounds"]
-    seconds = time.monotonic() - started
-    extra = {
-        "round": rounds,
-        "rounds": rounds,
-        "trial_seconds": seconds,
-        "first_round_seconds": reporter.first_round,
-    }
-    return final_metrics(result) | extra
-
-
-def trial_tags(sweep: str, trial: Trial, config: ExperimentConfig) -> dict[str, str]:
-    """Return the tags of a trial's MLflow run; see `fedsim.sweep`."""
-    named = trial.values.get("tags", {})
-    return {
-        "fedsim.kind": "trial",
-        "fedsim.sweep": sweep,
-        "fedsim.trial": trial.title,
-        "fedsim.point": str(trial.point),
-        "fedsim.dataset": config.data.name,
-        "fedsim.defense": config.defense.name,
-        "fedsim.seed": str(trial.seed),
-        **{f"fedsim.{name}": str(value) for name, value in named.items()},
-    }
+    return simulation.run(resume=True)
 
 
 def final_metrics(result: SimulationResult) -> dict[str, float]:
-    """Return what a finished trial came to, by the names of `plan.reported`.
-
-    `PSNR` and `SSIM` without an attack's name are those of the most successful audit, the highest mean.
-    """
+    """Return what a trial reports at its end; PSNR and SSIM are those of the strongest attack."""
+    summary = result.summary
+    metrics = {name: float(summary[name]) for name in ("ACC", "ART", "upload_bytes")}
     last = result.history[-1]
-    metrics = {name: float(last[name]) for name in ROUND_METRICS if name in last}
-    metrics |= {"ART": result.average_round_time, "upload_bytes": float(result.summary["upload_bytes"])}
-    if result.summary["overhead"]:
-        metrics["ART_overhead"] = float(result.summary["overhead"]["median"])
+    metrics |= {name: float(last[name]) for name in ("loss", "test_loss", "seconds") if name in last}
     for metric in ("PSNR", "SSIM"):
-        means = {(audit.attack, audit.stem): audit.mean(metric) for audit in result.audits}
-        metrics |= _by_name(metric, means)
+        means = {f"{audit.stem}.{metric}": audit.mean(metric) for audit in result.audits}
+        if means:
+            metrics |= {**means, metric: max(means.values())}
+    if summary["overhead"]:
+        metrics["ART_overhead"] = float(summary["overhead"]["median"])
     return metrics
 
 
-def _by_name(metric: str, means: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """Return the mean of each audit, the highest of each attack and the highest of all."""
-    if not means:
-        return {}
-    named = {f"{stem}.{metric}": value for (_, stem), value in means.items()}
-    for attack in {attack for attack, _ in means}:
-        named[f"{attack}.{metric}"] = max(value for (name, _), value in means.items() if name == attack)
-    return named | {metric: float(np.max(list(means.values())))}
+class TuneReporter(Reporter):
+    """Reports a simulation's rounds to Tune, which may stop the trial there."""
+
+    def __init__(self, rounds_before: int, wanted: set[str]) -> None:
+        """Count rounds from `rounds_before`; every round is reported if it holds one of the `wanted` metrics."""
+        self.rounds_before, self.every = rounds_before, bool(wanted & {"loss", "seconds", "upload_bytes"})
+        self.reported = 0.0
+        self.checkpoint: Path | None = None
+
+    def round(self, record: dict[str, Any]) -> None:
+        """Report evaluated rounds, and others if the last report is a while ago."""
+        now = time.monotonic()
+        if not (self.every or "ACC" in record or now - self.reported > REPORT_SECONDS):
+            return
+        self.reported = now
+        metrics = {name: record[name] for name in ROUND_METRICS if record.get(name) is not None}
+        saved, self.checkpoint = self.checkpoint, None
+        tune.report(
+            {**metrics, "round": self.rounds_before + record["round"] + 1},
+            checkpoint=tune.Checkpoint.from_directory(str(saved)) if saved else None,
+        )
+
+    def saved(self, checkpoint: Path) -> None:
+        """Hand the checkpoint to Tune with the next report, so that another node can go on from it."""
+        self.checkpoint = checkpoint.parent
+
+
+def _adopt_checkpoint(folder: Path) -> None:
+    """Copy the checkpoints that Tune kept of this trial to where the simulation looks, if it finds none there."""
+    kept = tune.get_checkpoint()
+    if kept is None or folder.exists():
+        return
+    with kept.as_directory() as directory:
+        shutil.copytree(directory, folder)
+
+
+_held: dict[str, Runtime] = {}
+_trackers: dict[str, Tracker] = {}
+
+
+def _runtime(config: RuntimeConfig) -> Runtime:
+    """Return the actors of this process, kept for its next trials: starting them takes seconds."""
+    key = config.model_dump_json()
+    if key not in _held:
+        while _held:
+            _held.popitem()[1].close()
+        _held[key] = Runtime(config)
+    return _held[key]
+
+
+def _tracker(context: TrialContext) -> Tracker | None:
+    uri = context.tracking_uri
+    if uri is not None and uri not in _trackers:
+        _trackers[uri] = Tracker(uri, context.config.tracking.experiment)
+    return _trackers[uri] if uri is not None else None

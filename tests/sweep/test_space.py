@@ -1,158 +1,111 @@
-import itertools
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.config import merged
 from fedsim.errors import ConfigError
-from fedsim.sweep import space as spaces
+from fedsim.sweep.space import MOST_POINTS, Choice, Interval, Space, lay, parse_axis
 
-LEAVES = st.one_of(st.integers(0, 9), st.sampled_from(["a", "b"]), st.none())
-FINITE = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"grid": options}),
-        st.lists(inner, min_size=1, max_size=2),
-        st.dictionaries(st.sampled_from(["x", "y", "z"]), inner, min_size=1, max_size=2),
-    ),
-    max_leaves=8,
-)
-RANGES = st.sampled_from(
-    [
-        {"uniform": [-1, 2.5]},
-        {"loguniform": ["1e-4", 10]},
-        {"quniform": [0.1, 0.95, 0.2]},
-        {"quniform": [2, 12, 3]},
-        {"randint": [3, 5]},
-    ]
-)
-ANY = st.recursive(
-    st.one_of(LEAVES, RANGES),
-    lambda inner: st.one_of(
-        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"choice": options}),
-        st.dictionaries(st.sampled_from(["x", "y"]), inner, min_size=1, max_size=2),
-    ),
-    max_leaves=8,
-)
+numbers = st.floats(1e-6, 1e6)
 
 
-def reference(value: Any) -> list[Any]:
-    """All values of a finite space as it is written, by plain recursion over the YAML."""
-    if isinstance(value, dict) and "grid" in value:
-        return [one for option in value["grid"] for one in reference(option)]
-    if isinstance(value, dict):
-        return [dict(zip(value, row, strict=True)) for row in itertools.product(*map(reference, value.values()))]
-    if isinstance(value, list):
-        return [list(row) for row in itertools.product(*map(reference, value))]
-    return [value]
+@given(numbers, numbers, st.integers(0, 2**32), st.booleans())
+def test_draws_lie_between_the_ends(one: float, other: float, seed: int, log: bool) -> None:
+    low, high = sorted((one, other))
+    drawn = Interval(low, high, log).sample(np.random.default_rng(seed))
+    assert low * (1 - 1e-9) <= drawn <= high * (1 + 1e-9)
 
 
-@given(FINITE)
-def test_a_grid_is_every_combination_and_is_counted_without_being_made(written: Any) -> None:
-    space = spaces.parse(written, "p")
-    found = list(spaces.enumerate_grid(space))
-    assert found == reference(written)
-    assert spaces.count(space) == len(found)
-    assert spaces.is_grid(space)
+def test_a_logarithmic_interval_has_its_median_at_the_geometric_mean() -> None:
+    rng, axis = np.random.default_rng(0), Interval(1e-4, 1.0, log=True)
+    draws = [axis.sample(rng) for _ in range(2000)]
+    assert math.log10(float(np.median(draws))) == pytest.approx(-2, abs=0.1)
 
 
-def test_counting_a_vast_grid_makes_nothing() -> None:
-    axis = {"grid": list(range(1000))}
-    assert spaces.count(spaces.parse({str(n): axis for n in range(20)}, "p")) == 1000**20
-
-
-class Extreme:
-    """Draws that an adversary makes: options in turn, and one end of every range."""
-
-    def __init__(self, picks: list[int], high: bool) -> None:
-        self.picks, self.high, self.names = picks, high, list[str]()
-
-    def pick(self, name: str, count: int) -> int:
-        self.names.append(name)
-        return self.picks.pop() % count if self.picks else 0
-
-    def number(self, name: str, among: spaces.Range) -> float:
-        self.names.append(name)
-        return among.high if self.high else among.low
-
-
-@given(ANY, st.lists(st.integers(0, 5), max_size=6), st.booleans())
-def test_no_two_draws_of_a_point_share_a_name(written: Any, picks: list[int], high: bool) -> None:
-    draws = Extreme(list(picks), high)
-    spaces.draw(spaces.parse(written, "p"), draws)
-    assert len(set(draws.names)) == len(draws.names)
-
-
-def leaves(value: Any) -> set[Any]:
-    if isinstance(value, dict | list):
-        return set().union(*map(leaves, value.values() if isinstance(value, dict) else value))
-    return {value}
-
-
-@given(ANY, st.lists(st.integers(0, 5), max_size=6), st.booleans())
-def test_corners_hold_every_value_that_extreme_draws_can_have(written: Any, picks: list[int], high: bool) -> None:
-    space = spaces.parse(written, "p")
-    covered = set().union(*map(leaves, spaces.corners(space)))
-    assert leaves(spaces.draw(space, Extreme(list(picks), high))) <= covered
-
-
-def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
-    assert spaces.parse({"loguniform": ["1e-4", "1E1"]}, "p") == spaces.Range(1e-4, 10.0, log=True)
-    assert spaces.parse({"grid": ["1e-3", "e3", "1x"]}, "p").options == (1e-3, "e3", "1x")
+@given(st.integers(-50, 50), st.integers(1, 40), st.integers(1, 7), st.integers(0, 2**32))
+def test_steps_are_whole_multiples_above_the_low_end(low: int, width: int, step: int, seed: int) -> None:
+    axis = Interval(low, low + width, step=step)
+    drawn = axis.sample(np.random.default_rng(seed))
+    assert isinstance(drawn, int) and (drawn - low) % step == 0 and low <= drawn <= low + width
+    assert axis.corners()[0] == low and low + width - step < axis.corners()[1] <= low + width
 
 
 @pytest.mark.parametrize(
-    ("written", "fragment"),
+    ("text", "axis"),
     [
-        ({"logunifrom": [1, 2]}, "did you mean 'loguniform'"),
-        ({"uniform": [2, 1]}, "low < high"),
-        ({"uniform": [1]}, "[low, high]"),
-        ({"uniform": ["a", 2]}, "numbers"),
-        ({"uniform": [0, float("inf")]}, "numbers"),
-        ({"loguniform": [0, 1]}, "low > 0"),
-        ({"quniform": [0, 1, 0]}, "step > 0"),
-        ({"quniform": [0, 1]}, "[low, high, step]"),
-        ({"randint": [0.5, 2]}, "whole numbers"),
-        ({"grid": []}, "needs a list"),
-        ({"grid": 3}, "needs a list"),
-        ({"grid": [1], "choice": [2]}, "stands alone"),
+        ({"grid": [1, 2]}, Choice((1, 2), grid=True)),
+        ({"choice": ["a"]}, Choice(("a",))),
+        ({"uniform": [0, 1]}, Interval(0, 1)),
+        ({"loguniform": ["1e-4", 10]}, Interval(1e-4, 10, log=True)),
+        ({"quniform": [0, 10, 2]}, Interval(0, 10, step=2)),
+        (0.5, None),
+        ({"name": "gc"}, None),
+        ([1, 2], None),
     ],
 )
-def test_a_distribution_written_wrongly_is_refused_with_its_path(written: Any, fragment: str) -> None:
-    with pytest.raises(ConfigError, match="space: defense.sigma: ") as caught:
-        spaces.parse(written, "defense.sigma")
-    assert fragment in str(caught.value)
+def test_axes_and_constants_are_told_apart(text: Any, axis: Any) -> None:
+    assert parse_axis("path", text) == axis
 
 
-SETTINGS = st.recursive(
-    LEAVES,
-    lambda inner: st.dictionaries(st.sampled_from(["name", "x", "y"]), inner, max_size=3).filter(
-        lambda one: not isinstance(one.get("name"), dict)
-    ),
-    max_leaves=6,
-).filter(lambda one: isinstance(one, dict))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"grid": []}, "takes a list"),
+        ({"grid": 3}, "takes a list"),
+        ({"uniform": [1, 0]}, "low < high"),
+        ({"uniform": [0, 1, 2]}, "low < high"),
+        ({"quniform": [0, 1]}, "step"),
+        ({"quniform": [0, 1, -1]}, "step"),
+        ({"loguniform": [0, 1]}, "low > 0"),
+        ({"uniform": ["a", "b"]}, "low < high"),
+        ({"unifrom": [0, 1]}, "did you mean 'uniform'"),
+    ],
+)
+def test_malformed_axes_are_refused(text: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_axis("defense.sigma", text)
 
 
-@given(SETTINGS, SETTINGS)
-def test_laying_a_mapping_is_merging_it(base: dict[str, Any], over: dict[str, Any]) -> None:
-    base, over = {"part": base}, {"part": over}
-    assert spaces.lay(base, [], over) == merged(base, over)
+def test_the_grid_is_crossed_with_each_alternative_and_draws_are_repeatable() -> None:
+    common = {"a": {"grid": [1, 2]}, "b": {"uniform": [0, 1]}}
+    space = Space.parse(common, [{"defense.name": "none"}, {"defense.name": "gc", "p": {"grid": [3, 4, 5]}}])
+    assert space.combinations == 2 + 6
+    points = space.points(draws=4, seed=7)
+    assert len(points) == 4 * 8 and points == space.points(draws=4, seed=7) != space.points(draws=4, seed=8)
+    assert {(p["a"], p.get("p")) for p in points} == {(a, p) for a in (1, 2) for p in (None, 3, 4, 5)}
 
 
-def test_a_point_is_laid_name_first_and_reaches_into_lists() -> None:
-    base = {"defense": {"name": "gc", "prune": 0.5}, "attacks": [{"name": "dlg"}, {"name": "gia"}]}
-    point = {
-        "defense.sigma": 0.1,
-        "attacks.1.iterations": 7,
-        "defense.name": "dp_gaussian",
-        "data": {"name": "mnist"},
-    }
-    assert spaces.lay_point(base, point) == {
-        "defense": {"name": "dp_gaussian", "sigma": 0.1},
-        "attacks": [{"name": "dlg"}, {"name": "gia", "iterations": 7}],
-        "data": {"name": "mnist"},
-    }
-    with pytest.raises(ConfigError, match="no item '2' in a list of 2"):
-        spaces.lay_point(base, {"attacks.2.iterations": 1})
+def test_a_plain_grid_is_not_repeated() -> None:
+    assert len(Space.parse({"a": {"grid": [1, 2]}}, []).points(draws=5, seed=0)) == 2
+
+
+def test_corners_hold_every_end_and_every_choice() -> None:
+    space = Space.parse({"x": {"uniform": [0, 1]}, "y": {"choice": [5, 6, 7]}, "g": {"grid": [8, 9]}}, [])
+    drawn, every = list(space.corners(grid=False)), list(space.corners(grid=True))
+    assert {p["x"] for p in drawn} == {0, 1} and {p["y"] for p in drawn} == {5, 6, 7}
+    assert {p["g"] for p in drawn} == {8} and {p["g"] for p in every} == {8, 9}
+
+
+def test_a_huge_grid_is_refused_without_being_made() -> None:
+    space = {f"a{number}": {"grid": list(range(10))} for number in range(12)}
+    with pytest.raises(ConfigError, match=rf"1,000,000,000,000 points; at most {MOST_POINTS:,}"):
+        Space.parse(space, [])
+
+
+def test_settings_are_laid_by_path() -> None:
+    base = {"defense": {"name": "gc", "prune": 0.5}, "attacks": [{"name": "dlg"}, {"name": "gia"}], "seed": 1}
+    laid = lay(base, {"defense.sigma": 2.0, "defense.name": "dp", "attacks.1.iterations": 9, "new.deep": 1})
+    assert laid["defense"] == {"name": "dp", "sigma": 2.0}, "another defense keeps nothing of the first"
+    assert laid["attacks"] == [{"name": "dlg"}, {"name": "gia", "iterations": 9}]
+    assert (laid["seed"], laid["new"]) == (1, {"deep": 1})
+    assert base["defense"] == {"name": "gc", "prune": 0.5}, "the base is left alone"
+    assert lay(base, {"defense.name": "gc"})["defense"] == base["defense"]
+
+
+@pytest.mark.parametrize("path", ["attacks.2.iterations", "attacks.x", "seed.a"])
+def test_paths_that_lead_nowhere_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="space: "):
+        lay({"attacks": [{}, {}], "seed": 1}, {path: 1})

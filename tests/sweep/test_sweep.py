@@ -1,13 +1,10 @@
-"""The whole command on Ray: one sweep that is killed, resumed, and read back from MLflow."""
+"""Whole sweeps, each in a process of its own, as a user runs them."""
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,125 +14,150 @@ import psutil
 import pytest
 import yaml
 
-from tests.sweep.sweeps import EXPERIMENT
-
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-SWEEP: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "name": "tiny",
-    "experiment": EXPERIMENT,
-    "space": {
-        "defense": {
-            "grid": [
-                {"name": "none"},
-                {"name": "custom", "factory": "tests.test_simulation:Poison"},
-                {"name": "gc", "prune": {"grid": [0.5, 0.9]}},
-            ]
-        }
+    "experiment": {
+        "federation": {"rounds": 6, "clients": 20, "clients_per_round": 6, "evaluate_every": 2},
+        "attacks": [{"name": "dlg", "iterations": 20}],
+        "audit": {"victims": 1},
+        "checkpoint_every": 2,
     },
-    "objectives": {"ACC": "max", "PSNR": "min"},
+    "alternatives": [
+        {"defense.name": "none"},
+        {"defense.name": "gc", "defense.prune": {"grid": [0.5, 0.9]}},
+    ],
+    "objectives": [{"metric": "ACC", "direction": "max"}, {"metric": "PSNR", "direction": "min"}],
 }
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with the sweep in it."""
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SWEEP))
-    return tmp_path
+def start(folder: Path, sweep: dict[str, Any], *options: str) -> "subprocess.Popen[str]":
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep))
+    command = [sys.executable, "-m", "fedsim", "sweep", str(file), "--output", str(folder / "out"), *options]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    )
 
 
-def command(place: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "fedsim",
-        "sweep",
-        str(place / "tiny.yaml"),
-        "--output",
-        str(place / "out"),
-        *more,
-    ]
-
-
-def environment(temporary: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": temporary}
-
-
-def wait_for(done: Any, process: "subprocess.Popen[str]", seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not done() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    """End what a killed driver leaves behind for a while, at once: as if the machine were gone."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def test_a_killed_sweep_resumes_without_repeating_anything(place: Path) -> None:
-    temporary = tempfile.mkdtemp(prefix="fs", dir="/tmp")
-    trials = place / "out" / "tiny" / "trials"
-    process = subprocess.Popen(command(place), env=environment(temporary), stderr=subprocess.PIPE, text=True)
-    children: list[psutil.Process] = []
-    try:
-        wait_for((trials / "0000" / "outcome.json").exists, process)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        kill(children)
-        stamp = (trials / "0000" / "result.json").stat().st_mtime_ns
-
-        refused = subprocess.run(command(place), env=environment(temporary), capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert "--resume goes on with it" in refused.stderr
-        resumed = subprocess.run(
-            command(place, "--resume"), env=environment(temporary), capture_output=True, text=True
-        )
-    finally:
-        kill(children)
-        shutil.rmtree(temporary)
-    assert resumed.returncode == 1, "a failed trial is told by the exit code"
-    assert "failed: trial 0001" in resumed.stdout
-    assert "not finite" in resumed.stdout
-    assert (trials / "0000" / "result.json").stat().st_mtime_ns == stamp
-    assert not (place / "out" / "tiny" / "tune").exists()
-    _check_files(place / "out" / "tiny")
-    _check_mlflow(place / "out")
-
-
-def _check_files(folder: Path) -> None:
-    frame = pd.read_csv(folder / "trials.csv", dtype={"trial": str})
-    assert list(frame["trial"]) == ["0000", "0001", "0002", "0003"]
-    assert list(frame["state"]) == ["done", "failed", "done", "done"]
-    found = json.loads((folder / "summary.json").read_text())
-    assert found["trials"] == {"done": 3, "stopped": 0, "failed": 1}
-    assert {best["point"] for best in found["best"]} <= {0, 2, 3}
-    result = json.loads((folder / "trials" / "0002" / "result.json").read_text())
-    assert result["ACC"] == frame["ACC"][2]
-
-
-def _check_mlflow(out: Path) -> None:
+def mlflow_runs(folder: Path) -> pd.DataFrame:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("fedsim").experiment_id])
-    (parent,) = [run for run in runs if run.data.tags["fedsim.kind"] == "sweep"]
-    trials = {run.data.tags["fedsim.trial"]: run for run in runs if run.data.tags["fedsim.kind"] == "trial"}
-    assert len(trials) == len(runs) - 1 == 4, "a resume makes no second run"
-    assert parent.data.tags["fedsim.name"] == "tiny"
-    for title, run in trials.items():
-        tags = run.data.tags
-        assert tags["mlflow.parentRunId"] == parent.info.run_id
-        assert (tags["fedsim.sweep"], tags["fedsim.dataset"], tags["fedsim.seed"]) == ("tiny", "digits", "0")
-        assert tags["fedsim.defense"] == ("none", "custom", "gc", "gc")[int(title)]
-        assert tags["fedsim.point"] == str(int(title))
-        failed = title == "0001"
-        assert run.info.status == ("FAILED" if failed else "FINISHED")
-        assert ("fedsim.reason" in tags) == failed
-        if not failed:
-            assert {"ACC", "ART", "PSNR", "SSIM"} <= set(run.data.metrics)
-            assert len(client.get_metric_history(run.info.run_id, "loss")) == 4
-            assert run.data.params["federation.rounds"] == "4"
-    assert trials["0002"].data.params["defense.prune"] == "0.5"
+    client = MlflowClient(f"sqlite:///{folder}/out/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    return pd.DataFrame(
+        {**{f"tag.{k}": v for k, v in run.data.tags.items()}, **run.data.metrics, "run": run.info.run_id,
+         "status": run.info.status, "rounds": len(client.get_metric_history(run.info.run_id, "loss"))}
+        for run in runs
+    )  # fmt: skip
+
+
+@pytest.mark.ray
+def test_a_sweep_is_logged_and_a_resume_does_nothing_twice(tmp_path: Path) -> None:
+    first = start(tmp_path, TINY)
+    output, _ = first.communicate(timeout=240)
+    assert first.returncode == 0, output
+    assert "3/3 " in output and "No other point beats these" in output
+
+    runs = mlflow_runs(tmp_path)
+    parent = runs[runs["tag.fedsim.kind"] == "sweep"].iloc[0]
+    trials = runs[runs["tag.fedsim.kind"] == "trial"]
+    assert len(trials) == 3 and set(trials["tag.mlflow.parentRunId"]) == {parent["run"]}
+    assert set(trials["tag.fedsim.defense"]) == {"none", "gc"} and trials["tag.fedsim.trial"].nunique() == 3
+    assert (trials["status"] == "FINISHED").all() and parent["status"] == "FINISHED"
+    assert (trials["rounds"] == 6).all()
+    table = pd.read_csv(tmp_path / "out/tiny/trials.csv").set_index("point")
+    for _, trial in trials.iterrows():
+        row = table.loc[trial["tag.fedsim.trial"]]
+        assert row["ACC"] == pytest.approx(trial["ACC"]) and row["PSNR"] == pytest.approx(trial["PSNR"])
+
+    again = start(tmp_path, TINY)
+    refused, _ = again.communicate(timeout=60)
+    assert again.returncode == 2 and "--resume goes on with it" in refused
+    resumed = start(tmp_path, TINY, "--resume")
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0 and "1/3" not in output, output
+    assert len(mlflow_runs(tmp_path)) == len(runs)
+
+
+def wait_for(condition: Any, seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    long = json.loads(json.dumps(TINY))
+    long["experiment"]["federation"]["rounds"] = 30
+    long["concurrent"] = 1
+    for folder in (whole, broken):
+        folder.mkdir()
+    undisturbed = start(whole, long)
+    assert undisturbed.wait(timeout=240) == 0
+
+    victim = start(broken, long)
+    outcomes, trials = broken / "out/tiny/outcomes", broken / "out/tiny/trials"
+    wait_for(lambda: len(list(outcomes.glob("*.json"))) == 1 and len(list(trials.glob("*/checkpoints/*"))) > 2)
+    children = psutil.Process(victim.pid).children(recursive=True)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left, "Ray's processes end with their driver"
+
+    resumed = start(broken, long, "--resume")
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert "2/2 " in output, "the finished trial is not run again"
+
+    def hashes(folder: Path) -> dict[str, str]:
+        results = (folder / "out/tiny/trials").glob("*/result.json")
+        return {path.parent.name: json.loads(path.read_text())["model_sha256"] for path in results}
+
+    assert hashes(broken) == hashes(whole) and len(hashes(whole)) == 3
+    runs = mlflow_runs(broken)
+    assert (runs["tag.fedsim.kind"] == "trial").sum() == 3 and (runs["status"] == "FINISHED").all()
+
+
+@pytest.mark.ray
+def test_optuna_searches_a_conditional_space_and_resumes(tmp_path: Path) -> None:
+    sweep = {
+        **TINY,
+        "experiment": {**TINY["experiment"], "attacks": [], "federation": {"rounds": 2, "clients": 20}},
+        "alternatives": [
+            {"defense.name": "none"},
+            {"defense.name": "gc", "defense.prune": {"uniform": [0.1, 0.9]}},
+        ],
+        "objectives": [{"metric": "ACC", "direction": "max"}, {"metric": "upload_bytes", "direction": "min"}],
+        "search": {"name": "optuna", "startup_trials": 2},
+        "budget": {"trials": 3},
+        "seeds": [0, 1],
+    }
+    first = start(tmp_path, sweep)
+    output, _ = first.communicate(timeout=240)
+    assert first.returncode == 0, output
+    more = start(tmp_path, {**sweep, "budget": {"trials": 5}}, "--resume")
+    output, _ = more.communicate(timeout=240)
+    assert more.returncode == 0 and "2/2 " in output, output
+    table = pd.read_csv(tmp_path / "out/tiny/trials.csv")
+    assert len(table) <= 5 and (table["status"] == "finished").all() and set(table["seeds"]) == {"0 1"}
+    trials = mlflow_runs(tmp_path)
+    assert (trials["tag.fedsim.kind"] == "trial").sum() == 2 * len(table)
+
+
+@pytest.mark.ray
+def test_a_trial_that_fails_says_why_and_the_rest_go_on(tmp_path: Path) -> None:
+    sweep = {
+        **TINY,
+        "experiment": {"federation": {"rounds": 4, "clients": 20, "clients_per_round": 6, "min_clients": 6}},
+        "alternatives": [{"federation.learning_rate": {"grid": [0.1, 1e30]}}],
+        "objectives": [{"metric": "ACC", "direction": "max"}],
+    }
+    failing = start(tmp_path, sweep)
+    output, _ = failing.communicate(timeout=240)
+    assert failing.returncode == 1, output
+    assert "fewer than federation.min_clients" in output and "2/2 " in output
+    table = pd.read_csv(tmp_path / "out/tiny/trials.csv").set_index("federation.learning_rate")
+    assert table["status"].to_dict() == {0.1: "finished", 1e30: "failed"}
