@@ -25,7 +25,6 @@ class Purpose(IntEnum):
     ROOT_SET = 10
     DATA_SPLIT = 11
     OVERHEAD = 12
-    SWEEP = 16
 
 
 def _sequence(seed: int, purpose: Purpose, *counters: int) -> np.random.SeedSequence:

@@ -12,8 +12,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
@@ -99,9 +97,6 @@ class Runtime:
     def __init__(self, config: RuntimeConfig, address: str | None = None) -> None:
         """Start the actors on the Ray that this process is part of, the cluster at `address`, or a private Ray.
 
-        Given a placement group, Ray is up already and is left as it is: one worker is placed in each bundle of
-        the group, and the server wherever there is room in it.
-
         Raises:
             ConfigError: If the cluster cannot be reached or has not the resources for one worker.
         """
@@ -110,8 +105,14 @@ class Runtime:
         wanted = 0 if config.workers == "auto" else config.workers
         self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
+            gpus = ray.cluster_resources().get("GPU", 0)
+            resources: dict[str, Any] = {"num_cpus": 1}
+            if gpus:
+                resources["num_gpus"] = config.gpus_per_worker
+            count = self._worker_count(gpus)
             restart = {"max_restarts": -1, "max_task_retries": 0}
-            worker, server = ray.remote(ClientWorker), ray.remote(ParameterServer)
+            worker = ray.remote(ClientWorker).options(**restart, **resources)
+            server = ray.remote(ParameterServer).options(**restart, num_cpus=0)
             paths = [os.getcwd(), *sys.path]
             workers = [worker.remote(paths) for _ in range(count)]
             self.server = server.remote(paths)
@@ -121,23 +122,6 @@ class Runtime:
             self.close()
             raise
         self._puts: dict[str, Any] = {}
-
-    def _placements(self) -> list[dict[str, Any]]:
-        """Return what each worker asks of Ray."""
-        if self._group:
-            bundles = self._group.bundle_specs
-            return [
-                {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), **self._inside(index)}
-                for index, bundle in enumerate(bundles)
-            ]
-        gpus = ray.cluster_resources().get("GPU", 0)
-        share = {"num_gpus": self._config.gpus_per_worker} if gpus else {}
-        return [{"num_cpus": 1, **share}] * self._worker_count(gpus)
-
-    def _inside(self, bundle: int) -> dict[str, Any]:
-        if not self._group:
-            return {}
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle)}
 
     def put(self, key: str, value: object) -> Any:
         """Put `value` into the object store once under `key`; return the reference."""
