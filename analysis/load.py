@@ -18,6 +18,7 @@ import yaml
 from analysis.frames import KEY, CellKey, frames
 from analysis.names import ordered_columns, ordered_datasets
 from fedsim.errors import ConfigError
+from fedsim.results import audit_stem
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -83,11 +84,11 @@ class Comparison:
         return rows if dataset is None else rows[rows["dataset"] == dataset]
 
     def reconstructions(
-        self, key: CellKey, attack: str, adversary: str, round_index: int
+        self, key: CellKey, attack: str, adversary: str, round_index: int, strategy: str = ""
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Return originals and reconstructions, uint8 [N·B, C, H, W] each, in audit order; None if not logged."""
         folder = str(self.cells.set_index(KEY).loc[tuple(key), "artifacts"])
-        name = f"reconstructions/{attack}-{adversary}-r{round_index}.npz"
+        name = f"reconstructions/{audit_stem(attack, adversary, strategy, round_index)}.npz"
         data = _artifact(self.tracking_uri, folder, name)
         if data is None:
             return None

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from analysis import tables
+from analysis import adversaries, tables
 from analysis.figures import draw_all
 from analysis.latex import latex
 from analysis.load import Comparison, load_comparison
@@ -46,6 +46,9 @@ def _write(comparison: Comparison, folder: Path) -> None:
         for ending, render in RENDERINGS.items():
             _save(folder / f"table_{table}.{ending}", render(blocks_of(blocks, table)))
     _save(folder / "images.csv", tables.images_csv(comparison))
+    rows = adversaries.summarise(comparison)
+    _save(folder / "adversaries.csv", adversaries.csv(rows))
+    _save(folder / "adversaries.md", adversaries.markdown(rows))
     _save(folder / "configs" / "comparison.yaml", comparison.config)
     for key, config in comparison.configs.items():
         _save(folder / "configs" / f"{key}.yaml", config)

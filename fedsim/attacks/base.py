@@ -1,12 +1,17 @@
 """What an attack is: one function from what the server saw to images."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from fedsim.errors import ConfigError
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
+
+if TYPE_CHECKING:
+    from fedsim.attacks.gradient_matching import Distance, Targets
 
 LabelKnowledge = Literal["known", "idlg", "joint"]
 """How the attacker gets labels: given, by iDLG's sign rule, or found together with the images."""
@@ -35,6 +40,14 @@ class Attack:
             labels: Their labels, shape [N, B].
         """
         return None
+
+    def matching(self, distance: "Callable[[Targets], Distance]") -> "Attack":
+        """Return this attack with another distance between gradients in place of its own.
+
+        Raises:
+            ConfigError: If the attack matches no gradients.
+        """
+        raise ConfigError(f"{type(self).__name__} matches no gradients; only the naive adversary can use it")
 
 
 class AttackSettings(Schema):

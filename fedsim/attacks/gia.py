@@ -1,6 +1,7 @@
 """Inverting Gradients: the direction of the gradient and a smooth image, by Adam on the sign of the gradient."""
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
-from fedsim.attacks.gradient_matching import CosineDistance, GradientMatching, loss_at
+from fedsim.attacks.gradient_matching import CosineDistance, Distance, GradientMatching, Targets, loss_at
 from fedsim.attacks.labels import known_labels, one_hot
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
@@ -58,20 +59,24 @@ class GIA(Attack):
     NeurIPS 2020; the relative weight is ours.
     """
 
-    def __init__(self, settings: GIAConfig) -> None:
-        """Take the settings."""
-        self.settings = settings
+    def __init__(self, settings: GIAConfig, distance: Callable[[Targets], Distance] = CosineDistance) -> None:
+        """Take the settings, and the distance to match by."""
+        self.settings, self.distance = settings, distance
+
+    def matching(self, distance: Callable[[Targets], Distance]) -> Attack:
+        """See `Attack`."""
+        return GIA(self.settings, distance)
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`; the total variation counts as it does in the search."""
-        distance = loss_at(observation, CosineDistance, self.settings.ignore, images, labels)
+        distance = loss_at(observation, self.distance, self.settings.ignore, images, labels)
         return _objective(distance, total_variation(images)[0], self.settings)
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
         labels = known_labels(observation, "gia")
-        run = _Run(observation, labels, self.settings)
+        run = _Run(observation, labels, self.settings, self.distance)
         for _ in range(self.settings.iterations):
             run.step()
         loss, chosen = run.best_loss.view(observation.victims, -1).min(1)
@@ -91,9 +96,15 @@ class GIA(Attack):
 class _Run:
     """Adam on M = victims × restarts problems; every tensor has a leading dimension M."""
 
-    def __init__(self, observation: Observation, labels: Tensor, settings: GIAConfig) -> None:
+    def __init__(
+        self,
+        observation: Observation,
+        labels: Tensor,
+        settings: GIAConfig,
+        distance: Callable[[Targets], Distance],
+    ) -> None:
         self.settings = settings
-        self.matching = GradientMatching(observation, CosineDistance, settings.ignore)
+        self.matching = GradientMatching(observation, distance, settings.ignore)
         everyone = torch.arange(observation.victims, device=observation.weights.device)
         self.victims = everyone.repeat_interleave(settings.restarts)
         self.probabilities = one_hot(labels, observation.model.classes, observation.weights)[self.victims]
