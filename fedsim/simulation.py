@@ -206,6 +206,7 @@ class _Run:
                 self._note(record)
                 if self._due(round_, self.config.checkpoint_every):
                     self._checkpoint()
+                self.reporter.round(record)
             self.audit_round(rounds)
             return self._finish(self._overhead())
         finally:
@@ -289,7 +290,6 @@ class _Run:
 
     def _note(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        self.reporter.round(record)
         if self.tracked:
             self.tracked.round(record)
 
