@@ -52,7 +52,9 @@ def _print_plan(job: "Sweep", console: Any) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     console.print(text, highlight=False, end="")
     for point in job.points:
-        console.print(f"# {describe(point) or 'the base experiment'}", highlight=False, soft_wrap=True)
+        console.print(
+            f"# {describe(point) or 'the base experiment'}", highlight=False, soft_wrap=True, markup=False
+        )
     points = config.budget.trials if job.adaptive else len(job.points)
     console.print(
         f"# {points} points × {len(config.seeds)} seeds, at most {job.widest} workers a trial; in {job.folder}",
@@ -76,12 +78,16 @@ def _print_summary(job: "Sweep", outcomes: "list[Outcome]", console: Any) -> Non
     for objective in objectives:
         table.add_column(f"{objective.metric} ({objective.direction})", justify="right")
     table.add_column("settings")
+    from rich.markup import escape
+
     for _, row in (best[best["pareto"]] if several else best.head(SHOWN)).iterrows():
-        table.add_row(*(f"{row[o.metric]:.4g}" for o in objectives), row["settings"])
+        table.add_row(*(f"{row[o.metric]:.4g}" for o in objectives), escape(row["settings"]))
     if len(best):
         console.print(table)
     for one in outcomes:
         if one.status in ("failed", "unfinished"):
             why = f"failed: {one.reason}" if one.reason else "unfinished"
-            console.print(f"{describe(one.point)}: {why} (--resume goes on)", style="red", highlight=False)
+            console.print(
+                f"{describe(one.point)}: {why} (--resume goes on)", style="red", highlight=False, markup=False
+            )
     console.print(f"wrote {job.folder / 'trials.csv'}", highlight=False, soft_wrap=True)

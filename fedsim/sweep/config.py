@@ -7,20 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedsim.comparison import load_comparison_config
 from fedsim.config import ExperimentConfig, TrackingConfig, merged, parse_config, read_yaml
 from fedsim.errors import ConfigError
 from fedsim.schema import Schema, explain, suggest
+from fedsim.sweep.metrics import ROUND_METRICS, reported_metrics
 from fedsim.sweep.space import Point, Settings, Space, lay
-
-ROUND_METRICS = ("ACC", "loss", "test_loss", "seconds", "upload_bytes")
-"""What a trial can report after every round; the others come with its end."""
 
 
 class Objective(Schema):
     """One figure that is sought."""
 
     metric: str
-    """ACC, ART, PSNR, SSIM, … ; PSNR and SSIM are those of the strongest attack of the trial."""
+    """ACC, ART, PSNR, SSIM, … ; PSNR and SSIM are those of the strongest attack of the trial, naive.PSNR of the
+    strongest that knows nothing of the defense."""
     direction: Literal["max", "min"]
     """Whether more or less of it is better."""
 
@@ -96,6 +96,9 @@ class SweepConfig(Schema):
     {loguniform: [low, high]}, {quniform: [low, high, step]}."""
     alternatives: tuple[dict[str, Any], ...] = ()
     """Conditional parts of the space: exactly one of them holds in a point, each written as `space` is."""
+    comparison: str | None = None
+    """In place of experiment and space: every cell of a comparison (a preset or a YAML file), with this sweep's
+    seeds."""
     objectives: tuple[Objective, ...] = (Objective(metric="ACC", direction="max"),)
     """What is sought; the first one steers the scheduler."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -188,27 +191,24 @@ def load_sweep_config(path: Path) -> SweepConfig:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, data)}") from None
+    if config.comparison is not None:
+        return _from_comparison(config, path)
     if config.base is None:
         return config
     base = read_yaml(path.parent / config.base)
     return config.model_copy(update={"base": None, "experiment": merged(base, config.experiment)})
 
 
-def reported_metrics(config: ExperimentConfig) -> set[str]:
-    """Return the names of what a trial of this experiment reports at its end."""
-    names = {*ROUND_METRICS, "ART"}
-    if config.attacks:
-        names |= {"PSNR", "SSIM"}
-        names |= {
-            f"{attack.title}-{adversary}-r{round_}.{metric}"
-            for attack in config.attacks
-            for adversary in config.audit.adversaries
-            for round_ in config.audit.rounds
-            for metric in ("PSNR", "SSIM")
-        }
-    if config.overhead_pairs:
-        names.add("ART_overhead")
-    return names
+def _from_comparison(config: SweepConfig, path: Path) -> SweepConfig:
+    """Return the sweep with what the comparison's cells share as its experiment, and the rest as alternatives."""
+    if config.experiment or config.space or config.alternatives or config.base:
+        raise ConfigError(f"{path}: comparison: it brings its own experiment and space")
+    source = load_comparison_config(str(config.comparison))
+    cells = source.model_copy(update={"seeds": config.seeds[:1]}).cells()
+    every = [cell.config.model_dump(mode="json", exclude={"name", "seed", "tracking"}) for cell in cells]
+    shared = {key: value for key, value in every[0].items() if all(one[key] == value for one in every)}
+    rest = [{key: value for key, value in one.items() if key not in shared} for one in every]
+    return config.model_copy(update={"comparison": None, "experiment": shared, "alternatives": tuple(rest)})
 
 
 def check_sweep(config: SweepConfig) -> None:

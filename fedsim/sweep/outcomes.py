@@ -1,10 +1,11 @@
 """How the trials of a sweep ended: one small file each, written by the driver, and what they show together."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,8 @@ from fedsim.results import write_json
 from fedsim.sweep.config import Objective, point_id
 from fedsim.sweep.space import Point
 
+MOST_SHOWN = 40
+"""Characters of a section's settings that a line shows."""
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 
 
@@ -114,8 +117,19 @@ def ranked(outcomes: Sequence[Outcome], objectives: Sequence[Objective]) -> pd.D
 
 
 def describe(point: Point) -> str:
-    """Return a point as `path=value` texts."""
-    return ", ".join(f"{path}={v:.4g}" if isinstance(v, float) else f"{path}={v}" for path, v in point.items())
+    """Return a point as `path=value` texts; sections go by their names, long ones are cut."""
+    return ", ".join(f"{path}={_short(value)}" for path, value in point.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    if isinstance(value, dict):
+        rest = ", ".join(f"{key}={_short(item)}" for key, item in value.items() if key != "name")
+        return f"{value.get('name', '')}({textwrap.shorten(rest, MOST_SHOWN, placeholder=' …')})"
+    return str(value)
 
 
 def pareto(values: NDArray[np.float64]) -> NDArray[np.bool_]:

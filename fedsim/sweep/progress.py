@@ -102,6 +102,7 @@ class SweepProgress(Callback):  # type: ignore[misc]
             f"{text.get(outcome.status, figures)}{self._left('; ')}",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
         self._draw()
 

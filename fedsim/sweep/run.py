@@ -25,6 +25,7 @@ from fedsim.simulation import prepare
 from fedsim.sweep.config import AshaConfig, MedianConfig, OptunaSearchConfig, SweepConfig, check_sweep
 from fedsim.sweep.outcomes import Outcome, OutcomeFolder, as_frame
 from fedsim.sweep.progress import StopRule, SweepProgress
+from fedsim.sweep.settle import settle
 from fedsim.sweep.space import Point
 from fedsim.sweep.trial import TrialContext, run_trial
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
@@ -69,11 +70,14 @@ class Sweep:
         self.points = [] if self.adaptive else self.config.points()
         self.datasets: dict[str, Dataset] = {}
         samples = list(self.config.parsed_space().corners(grid=True))
+        prepared = set()
         for point in [*samples, *self.points]:
             config = self.config.experiment_at(point, self.config.seeds[0])
             key = dataset_key(config.data)
             if key not in self.datasets:
                 self.datasets[key] = load_dataset(config.data, self.data_dir)
+            if _kind(config) not in prepared:
+                prepared.add(_kind(config))
                 prepare(config, self.datasets[key])
         self.widest = max(_workers(self._example(point).runtime) for point in samples)
 
@@ -113,19 +117,20 @@ class Sweep:
         tracker = None
         if self.tracking_uri:
             tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
-        with Cluster(self.address, self.widest):
-            self._check_room()
-            self._claim()
-            parent = self._start(tracker) if tracker else None
-            status = "KILLED"
-            try:
+        parent, status = None, "KILLED"
+        try:
+            with Cluster(self.address, self.widest):
+                self._check_room()
+                self._claim()
+                parent = self._start(tracker) if tracker else None
                 outcomes = self._tune(parent.run_id if parent else None)
-                status = "FAILED" if any(one.status == "failed" for one in outcomes) else "FINISHED"
-                self._summarise(outcomes, parent)
-                return outcomes
-            finally:
-                if parent:
-                    parent.finish(status)
+            status = "FAILED" if any(one.status == "failed" for one in outcomes) else "FINISHED"
+            self._summarise(outcomes, parent)
+            return outcomes
+        finally:
+            if tracker and parent:
+                settle(tracker, parent, self.outcomes.every())
+                parent.finish(status)
 
     def _tune(self, parent_run: str | None) -> list[Outcome]:
         search, space, trials = self._search()
@@ -201,13 +206,15 @@ class Sweep:
     def _scheduler(self) -> TrialScheduler:
         scheduler, first = self.config.scheduler, self.config.objectives[0]
         if isinstance(scheduler, AshaConfig):
-            most = max(self._example(p).federation.rounds for p in self.config.parsed_space().corners(grid=True))
+            points = self.config.parsed_space().corners(grid=True)
+            most = max(self._example(p).federation.rounds for p in points) * len(self.config.seeds)
             return AsyncHyperBandScheduler(
                 time_attr="round",
                 metric=first.metric,
                 mode=first.direction,
-                max_t=max(most, scheduler.grace_rounds),
-                grace_period=scheduler.grace_rounds,
+                # One more than there are rounds: whoever comes to the end still has the last audits before it.
+                max_t=most + 1,
+                grace_period=min(scheduler.grace_rounds, most),
                 reduction_factor=scheduler.reduction_factor,
             )
         if isinstance(scheduler, MedianConfig):
@@ -274,6 +281,13 @@ def _reserve(config: SweepConfig, settings: Mapping[str, Any]) -> tune.Placement
     settings = settings.get("trial") or {"point": next(config.parsed_space().corners(grid=True))}
     runtime = config.experiment_at(settings["point"], config.seeds[0]).runtime
     return tune.PlacementGroupFactory([{}, *[_bundle(runtime)] * _workers(runtime)])
+
+
+def _kind(config: ExperimentConfig) -> str:
+    """Return all that `prepare` depends on."""
+    federation = config.federation
+    sizes = (federation.clients, federation.clients_per_round, federation.root_per_class, federation.batch_size)
+    return repr((config.data, config.model, sizes, config.audit, bool(config.attacks)))
 
 
 def _workers(runtime: RuntimeConfig) -> int:

@@ -20,7 +20,8 @@ from fedsim.errors import FedsimError
 from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.simulation import Simulation
-from fedsim.sweep.config import ROUND_METRICS, SweepConfig, point_id
+from fedsim.sweep.config import SweepConfig, point_id
+from fedsim.sweep.metrics import ROUND_METRICS, final_metrics
 from fedsim.sweep.space import Point
 from fedsim.tracking import TrackedRun, Tracker
 
@@ -105,21 +106,6 @@ def _simulate(
         reporter=TuneReporter(rounds_before, {objective.metric for objective in context.config.objectives}),
     )
     return simulation.run(resume=True)
-
-
-def final_metrics(result: SimulationResult) -> dict[str, float]:
-    """Return what a trial reports at its end; PSNR and SSIM are those of the strongest attack."""
-    summary = result.summary
-    metrics = {name: float(summary[name]) for name in ("ACC", "ART", "upload_bytes")}
-    last = result.history[-1]
-    metrics |= {name: float(last[name]) for name in ("loss", "test_loss", "seconds") if name in last}
-    for metric in ("PSNR", "SSIM"):
-        means = {f"{audit.stem}.{metric}": audit.mean(metric) for audit in result.audits}
-        if means:
-            metrics |= {**means, metric: max(means.values())}
-    if summary["overhead"]:
-        metrics["ART_overhead"] = float(summary["overhead"]["median"])
-    return metrics
 
 
 class TuneReporter(Reporter):
