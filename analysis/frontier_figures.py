@@ -75,9 +75,20 @@ def draw_ablation(sweep: SweepResults, figures: pd.DataFrame, metrics: Sequence[
     for line, metric in zip(axes, metrics, strict=True):
         for panel, path in zip(line, paths, strict=True):
             means = marginal(figures, path, metric)
-            across = range(len(means)) if means[path].dtype == object else means[path]
-            panel.errorbar(across, means["mean"], yerr=means["margin"], color=INK, marker="o", markersize=4)
-            if means[path].dtype == object:
+            numeric = pd.api.types.is_numeric_dtype(means[path])
+            across = means[path] if numeric else range(len(means))
+            line_style = "-" if numeric else ""
+            panel.errorbar(
+                across,
+                means["mean"],
+                yerr=means["margin"],
+                color=INK,
+                marker="o",
+                markersize=4,
+                linestyle=line_style,
+                elinewidth=0.9,
+            )
+            if not numeric:
                 panel.set_xticks(list(across), [str(value) for value in means[path]], rotation=30, ha="right")
             elif (means[path] > 0).all() and means[path].max() >= 100 * means[path].min():
                 panel.set_xscale("log")
