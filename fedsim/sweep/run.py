@@ -1,6 +1,7 @@
 """A sweep from its plan to its summary: Ray Tune chooses and places the trials."""
 
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -128,6 +129,8 @@ class Sweep:
             self._summarise(outcomes, parent)
             return outcomes
         finally:
+            # What Tune kept is for this session's trials only.
+            shutil.rmtree(self.folder / "tune", ignore_errors=True)
             if tracker and parent:
                 settle(tracker, parent, self.outcomes.every())
                 parent.finish(status)

@@ -64,22 +64,23 @@ def run_trial(settings: Mapping[str, Any], context: TrialContext) -> None:
     for name in ("ray.train", "ray.tune"):  # a line a checkpoint would drown the sweep's own
         logging.getLogger(name).setLevel(logging.WARNING)
     point, seeds = settings["trial"]["point"], settings["trial"]["seeds"]
-    rounds_before, found = 0, []
+    reporter = TuneReporter({objective.metric for objective in context.config.objectives})
+    found = []
     for seed in seeds:
         config = context.config.experiment_at(point, seed)
         try:
-            result = _simulate(config, point, context, rounds_before)
+            result = _simulate(config, point, context, reporter)
         except FedsimError as error:
-            tune.report({"error": f"{config.name}: {error}", "round": rounds_before})
+            tune.report({"error": f"{config.name}: {error}", "round": reporter.rounds_before})
             return
-        rounds_before += config.federation.rounds
+        reporter.rounds_before += config.federation.rounds
         found.append(final_metrics(result))
     means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    tune.report({**means, "round": rounds_before, "finished": True})
+    tune.report({**means, **reporter.times(), "round": reporter.rounds_before, "finished": True})
 
 
 def _simulate(
-    config: ExperimentConfig, point: Point, context: TrialContext, rounds_before: int
+    config: ExperimentConfig, point: Point, context: TrialContext, reporter: "TuneReporter"
 ) -> SimulationResult:
     reference = context.data[dataset_key(config.data)][0]
     dataset: Dataset = ray.get(reference)
@@ -103,7 +104,7 @@ def _simulate(
             "fedsim.defense": config.defense.name,
             "fedsim.seed": str(config.seed),
         },
-        reporter=TuneReporter(rounds_before, {objective.metric for objective in context.config.objectives}),
+        reporter=reporter,
     )
     return simulation.run(resume=True)
 
@@ -111,11 +112,24 @@ def _simulate(
 class TuneReporter(Reporter):
     """Reports a simulation's rounds to Tune, which may stop the trial there."""
 
-    def __init__(self, rounds_before: int, wanted: set[str]) -> None:
-        """Count rounds from `rounds_before`; every round is reported if it holds one of the `wanted` metrics."""
-        self.rounds_before, self.every = rounds_before, bool(wanted & {"loss", "seconds", "upload_bytes"})
+    def __init__(self, wanted: set[str]) -> None:
+        """Start the clock; every round is reported if it holds one of the `wanted` metrics.
+
+        Attributes:
+            rounds_before: Rounds of the simulations of this trial that are behind it.
+        """
+        self.rounds_before, self.every = 0, bool(wanted & {"loss", "seconds", "upload_bytes"})
+        self.began, self.setup = time.monotonic(), 0.0
         self.reported = 0.0
         self.checkpoint: Path | None = None
+
+    def begin(self, title: str, rounds: int, done: int = 0) -> None:
+        """Note how long it took until the first simulation could begin."""
+        self.setup = self.setup or time.monotonic() - self.began
+
+    def times(self) -> dict[str, float]:
+        """Return the seconds of the trial's set-up and of the whole trial."""
+        return {"setup_seconds": self.setup, "trial_seconds": time.monotonic() - self.began}
 
     def round(self, record: dict[str, Any]) -> None:
         """Report evaluated rounds, and others if the last report is a while ago."""

@@ -4,9 +4,17 @@ from typing import Any
 import pytest
 import yaml
 
-from fedsim.config import parse_config
+from fedsim.comparison import load_comparison_config
+from fedsim.config import ExperimentConfig, parse_config
 from fedsim.errors import ConfigError
-from fedsim.sweep.config import check_sweep, load_sweep_config, point_id, reported_metrics, trial_name
+from fedsim.sweep.config import (
+    SweepConfig,
+    check_sweep,
+    load_sweep_config,
+    point_id,
+    reported_metrics,
+    trial_name,
+)
 
 GC = {"name": "sweep", "space": {"defense.name": "gc", "defense.prune": {"grid": [0.1, 0.5]}}}
 SHIPPED = sorted(Path("tune_configs").glob("*.yaml"))
@@ -102,3 +110,24 @@ def test_shipped_sweeps_are_valid_and_say_how_to_run_them(path: Path) -> None:
         pytest.skip("a comparison, not a sweep")
     check_sweep(load_sweep_config(path))
     assert f"fedsim sweep {path}" in path.read_text()
+
+
+def test_a_comparison_is_one_alternative_a_cell(tmp_path: Path) -> None:
+    config = load_sweep_config(written(tmp_path, {"name": "tables", "comparison": "quick", "seeds": [3, 4]}))
+    source = load_comparison_config("quick")
+    cells = source.model_copy(update={"seeds": (4,)}).cells()
+    points = config.points()
+    assert len(points) == len(cells) == 2 * 6
+    for point, cell in zip(points, cells, strict=True):
+        assert config.experiment_at(point, 4).fingerprint() == _named(cell.config, config, point).fingerprint()
+    check_sweep(config)
+
+
+def _named(config: ExperimentConfig, sweep: SweepConfig, point: dict[str, Any]) -> ExperimentConfig:
+    """The cell under the name and with the workers that it has as a trial."""
+    return config.model_copy(update={"name": sweep.experiment_at(point, 4).name})
+
+
+def test_a_comparison_stands_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="brings its own"):
+        load_sweep_config(written(tmp_path, GC | {"comparison": "quick"}))
