@@ -6,7 +6,7 @@ private images, as a defender must who asks how bad it can get; an attacker coul
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -58,31 +58,43 @@ def summarise(comparison: Comparison) -> list[Row]:
     images = comparison.images
     if set(images["adversary"]) <= {"naive"}:
         return []
-    floors = comparison.floors.groupby(["table", "dataset", "guess"])["PSNR"].mean()
     rows = []
-    for (table, dataset), block in images.groupby(["table", "dataset"], sort=False):
-        floor = float(floors.loc[table, dataset].max())
-        for defense in ordered_columns(block["defense"]):
-            cell = block[block["defense"] == defense]
-            for number, adversary in enumerate(ADVERSARIES[: 1 if defense == BASELINE else None]):
-                able = cell[cell["adversary"].isin(ADVERSARIES[: number + 1])]
-                if len(able):
-                    rows.append(_best(able, str(table), str(dataset), defense, adversary, floor))
+    for place, cell, floor in _cells(comparison):
+        for number, adversary in enumerate(ADVERSARIES[: 1 if place[2] == BASELINE else None]):
+            able = cell[cell["adversary"].isin(ADVERSARIES[: number + 1])]
+            if len(able):
+                told = adversary in set(able["adversary"])
+                best = able.groupby(["attack", "strategy"])["PSNR"].transform("mean")
+                rows.append(_row(place, adversary, told, able[best == best.max()], floor))
     return rows
 
 
-def _best(able: pd.DataFrame, table: str, dataset: str, defense: str, adversary: str, floor: float) -> Row:
-    names = able["attack"] + " " + able["strategy"]
-    best = str(able.groupby(names)["PSNR"].mean().idxmax())
-    own = able[names == best]
+def every(comparison: Comparison) -> list[Row]:
+    """Return one row for each strategy that any adversary tried on a defense."""
+    return [
+        _row(place, str(adversary), True, own, floor)
+        for place, cell, floor in _cells(comparison)
+        for (adversary, _, _), own in cell.groupby(["adversary", "attack", "strategy"], sort=False)
+    ]
+
+
+def _cells(comparison: Comparison) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, float]]:
+    """Yield (table, data set, defense), its images, and the floor."""
+    for table, dataset in comparison.blocks:
+        floors = Comparison.part(comparison.floors, table, dataset)
+        floor = float(floors.groupby("guess")["PSNR"].mean().max())
+        block = Comparison.part(comparison.images, table, dataset)
+        for defense in ordered_columns(block["defense"]):
+            yield (table, dataset, defense), block[block["defense"] == defense], floor
+
+
+def _row(place: tuple[str, str, str], adversary: str, told: bool, own: pd.DataFrame, floor: float) -> Row:
     won = (own["PSNR"] > SUCCESS_PSNR) & (own["SSIM"] > SUCCESS_SSIM)
     return Row(
-        table,
-        dataset,
-        defense,
-        adversary,
-        strategy=best.split(" ")[1],
-        told=adversary in set(able["adversary"]),
+        *place,
+        adversary=adversary,
+        strategy=str(own["strategy"].iloc[0]),
+        told=told,
         PSNR=mean_interval(own["PSNR"], own["seed"]),
         SSIM=mean_interval(own["SSIM"], own["seed"]),
         success=proportion_interval(float(won.mean()), len(own)),
@@ -93,7 +105,7 @@ def _best(able: pd.DataFrame, table: str, dataset: str, defense: str, adversary:
 
 
 def csv(rows: Sequence[Row]) -> str:
-    """Return all rows as CSV; "" without rows."""
+    """Return rows as CSV; "" without rows."""
     if not rows:
         return ""
     flat = [

@@ -153,6 +153,9 @@ class ExperimentConfig(Schema):
         if late and self.attacks:
             last = self.federation.rounds
             raise ValueError(f"audit.rounds: {late[0]} is not between 0 (untrained) and {last} (trained)")
+        rigid = [attack.title for attack in self.attacks if not attack.takes_strategies]
+        if rigid and set(self.audit.adversaries) != {"naive"}:
+            raise ValueError(f"audit.adversaries: only the naive adversary can use the attack {rigid[0]}")
         if self.federation.local_steps != 1:
             if self.defense.needs_one_local_step():
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")

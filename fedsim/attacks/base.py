@@ -70,6 +70,11 @@ class AttackSettings(Schema):
         """Whether the audit hands the victims' labels to the attack."""
         return False
 
+    @property
+    def takes_strategies(self) -> bool:
+        """Whether adversaries who know the defense can use the attack: it weighs entries, and takes a distance."""
+        return True
+
     def build(self) -> Attack:
         """Return the attack."""
         raise NotImplementedError

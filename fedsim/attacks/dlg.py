@@ -44,6 +44,11 @@ class DLGConfig(LBFGSAttackSettings):
     published: bool = False
     """The original's search, stalls included: no line search, unscaled loss, N(0, 1) start, 300 × 20 steps."""
 
+    @property
+    def takes_strategies(self) -> bool:
+        """The original is left as it was."""
+        return not self.published
+
     def build(self) -> Attack:
         """Return the attack."""
         return PublishedDLG(self) if self.published else DLG(self)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsim.commands.base import make_console, work_options
+from fedsim.commands.reading import write_sweep_report
 
 if TYPE_CHECKING:
     from fedsim.sweep.outcomes import Outcome
@@ -37,6 +38,8 @@ def sweep(options: Namespace) -> int:
         return 0
     outcomes = job.run(options.resume)
     _print_summary(job, outcomes, console)
+    if job.tracking_uri and any(one.status == "finished" for one in outcomes):
+        write_sweep_report(job.tracking_uri, config.name, options.output, console)
     return 1 if any(one.status == "failed" for one in outcomes) else 0
 
 
