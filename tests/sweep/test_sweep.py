@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,25 @@ def start(folder: Path, sweep: dict[str, Any], *options: str) -> "subprocess.Pop
     file.write_text(yaml.safe_dump(sweep))
     command = [sys.executable, "-m", "fedsim", "sweep", str(file), "--output", str(folder / "out"), *options]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     )
+    STARTED.append(process)
+    return process
+
+
+STARTED: "list[subprocess.Popen[str]]" = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """End what a failed test left running; Ray's processes end with their driver."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def mlflow_runs(folder: Path) -> pd.DataFrame:
@@ -161,3 +178,29 @@ def test_a_trial_that_fails_says_why_and_the_rest_go_on(tmp_path: Path) -> None:
     assert "fewer than federation.min_clients" in output and "2/2 " in output
     table = pd.read_csv(tmp_path / "out/tiny/trials.csv").set_index("federation.learning_rate")
     assert table["status"].to_dict() == {0.1: "finished", 1e30: "failed"}
+
+
+@pytest.mark.ray
+def test_a_trial_whose_process_dies_goes_on_and_a_stop_rule_ends_it(tmp_path: Path) -> None:
+    sweep = {
+        "name": "tiny",
+        "experiment": {
+            "federation": {"rounds": 60, "clients": 20, "clients_per_round": 6, "evaluate_every": 40},
+            "checkpoint_every": 2,
+        },
+        "stop": {"ACC": 0.0},
+    }
+    running = start(tmp_path, sweep)
+    trials = tmp_path / "out/tiny/trials"
+    wait_for(lambda: list(trials.glob("*/checkpoints/round-*")) or running.poll() is not None)
+    (victim,) = [p for p in psutil.Process(running.pid).children(recursive=True) if "ImplicitFunc" in p.name()]
+    victim.kill()
+    output, _ = running.communicate(timeout=240)
+    assert running.returncode == 0 and "(stopped early)" in output, output
+    runs = mlflow_runs(tmp_path)
+    (trial,) = [run for _, run in runs.iterrows() if run["tag.fedsim.kind"] == "trial"]
+    assert trial["rounds"] == 40, "every round once"
+    assert (trial["status"], trial["tag.fedsim.stopped"]) == ("FINISHED", "40")
+    resumed = start(tmp_path, sweep, "--resume")
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0 and "1/1" not in output, "what was stopped is not run again"
