@@ -1,7 +1,8 @@
 """The privacy–utility frontier of a sweep: what accuracy is left at which protection, for every defense."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ class Point:
         defense: The defense.
         trial: Id of the point in the sweep.
         settings: What distinguishes it from the defense's other points.
+        strength: The value of its one setting that is a number; None if there are none or several.
         ACC: Accuracy (0–1), with its 95 % interval over seeds; no interval with one seed.
         PSNR: That of the adversary's strongest attack, in dB, with its interval over victims and seeds.
         SSIM: The same attack's.
@@ -38,6 +40,7 @@ class Point:
     defense: str
     trial: str
     settings: str
+    strength: float | None
     ACC: Estimate
     PSNR: Estimate
     SSIM: Estimate
@@ -90,12 +93,15 @@ def _point(
     sweep: SweepResults, own: pd.DataFrame, dataset: str, adversary: str, defense: str, trial: str
 ) -> Point:
     trials = sweep.trials[sweep.trials["trial"] == trial]
+    settings = _settings(trials.iloc[0], sweep.varied)
+    numbers = [float(value) for value in settings.values() if isinstance(value, int | float)]
     return Point(
         dataset,
         adversary,
         defense,
         trial,
-        _settings(trials.iloc[0], sweep.varied),
+        ", ".join(f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in settings.items()),
+        numbers[0] if len(numbers) == 1 else None,
         ACC=mean_interval(trials["ACC"], range(len(trials))),
         PSNR=mean_interval(own["PSNR"], own["seed"]),
         SSIM=mean_interval(own["SSIM"], own["seed"]),
@@ -103,15 +109,19 @@ def _point(
     )
 
 
-def _settings(trial: pd.Series, varied: Sequence[str]) -> str:
+def _settings(trial: pd.Series, varied: Sequence[str]) -> dict[str, Any]:
     known = {path: trial[path] for path in varied if path in trial and not pd.isna(trial[path])}
-    short = {path.rpartition(".")[2]: value for path, value in known.items() if path != "defense.name"}
-    return ", ".join(f"{name}={v:.4g}" if isinstance(v, float) else f"{name}={v}" for name, v in short.items())
+    return {path.rpartition(".")[2]: value for path, value in known.items() if path != "defense.name"}
+
+
+def by_strength(found: Sequence[Point]) -> list[Point]:
+    """Return the points of one curve in order: by their strength, or where it is no number by falling PSNR."""
+    if all(point.strength is not None for point in found):
+        return sorted(found, key=lambda point: point.strength or 0.0)
+    return sorted(found, key=lambda point: -point.PSNR.value)
 
 
 def _marked(found: list[Point]) -> list[Point]:
-    from dataclasses import replace
-
     if not found:
         return found
     values = np.array([[point.ACC.value, -point.PSNR.value] for point in found])
@@ -137,7 +147,8 @@ def interpolate(curve: Sequence[tuple[float, float]], bar: float) -> tuple[float
 def equals(found: Sequence[Point], floors: dict[str, float]) -> list[Equal]:
     """Return ACC at equal protection (PSNR at the floor) and PSNR at equal accuracy, for every curve.
 
-    A curve starts at no defense and runs through the defense's points in order of falling PSNR.
+    A curve starts at no defense and runs through the defense's points in order of strength; the first place where
+    it meets the bar counts.
 
     Args:
         found: As `points` returns them.
@@ -148,7 +159,7 @@ def equals(found: Sequence[Point], floors: dict[str, float]) -> list[Equal]:
         block = [p for p in found if (p.dataset, p.adversary) == (dataset, adversary)]
         bare = [p for p in block if p.defense == BASELINE]
         for defense in dict.fromkeys(p.defense for p in block if p.defense != BASELINE):
-            own = sorted((p for p in block if p.defense == defense), key=lambda p: -p.PSNR.value)
+            own = by_strength([p for p in block if p.defense == defense])
             curve = [*bare[:1], *own]
             bars = {"PSNR": floors[dataset]}
             if bare:

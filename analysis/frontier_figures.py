@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.ablation import Importance, marginal
-from analysis.frontier import Point, floors_of
+from analysis.frontier import Point, by_strength, floors_of
 from analysis.names import BASELINE, dataset_title, look, ordered_columns
 from analysis.style import FAINT, INK, new_figure
 from analysis.sweeps import SweepResults
@@ -39,7 +39,7 @@ def _panel(panel: Axes, found: Sequence[Point], metric: str, floor: float) -> No
     panel.axvline(floor, color=FAINT, linewidth=1, linestyle=":", label="floor: best blind guess")
     names = ordered_columns(p.defense for p in found)
     for name in names:
-        own = sorted((p for p in found if p.defense == name), key=lambda p: getattr(p, metric).value)
+        own = by_strength([p for p in found if p.defense == name])
         colour = look(name, names).colour
         x = [getattr(p, metric).value for p in own]
         y = [100 * p.ACC.value for p in own]

@@ -105,7 +105,8 @@ class TrackingConfig(Schema):
     """Where results are logged."""
 
     uri: str = "auto"
-    """MLflow tracking URI; auto: SQLite, `mlflow.db` in the output root. `off` logs nothing."""
+    """MLflow tracking URI; auto: the environment's MLFLOW_TRACKING_URI, or else SQLite, `mlflow.db` in the output
+    root. `off` logs nothing."""
     experiment: str = "fedsim"
     """Name of the MLflow experiment."""
 

@@ -27,7 +27,12 @@ log = logging.getLogger("fedsim")
 
 
 def resolve_uri(uri: str, root: Path) -> str:
-    """Return the tracking URI that `uri` stands for; `auto` is SQLite in the output root."""
+    """Return the tracking URI that `uri` stands for.
+
+    `auto` is the environment's MLFLOW_TRACKING_URI, as on a cluster, or else SQLite in the output root.
+    """
+    if uri == "auto":
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     if uri != "auto":
         return uri
     root.mkdir(parents=True, exist_ok=True)

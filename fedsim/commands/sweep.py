@@ -20,6 +20,11 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     """Take the options of `fedsim sweep`."""
     parser.add_argument("sweep", type=Path, metavar="SWEEP", help="a YAML file, e.g. tune_configs/smoke.yaml")
     parser.add_argument("--seed", type=int, help="this one seed in place of the sweep's")
+    parser.add_argument(
+        "--storage",
+        metavar="PLACE",
+        help="on a cluster: a folder that all nodes share, or s3://…, for checkpoints",
+    )
     work_options(parser)
 
 
@@ -32,7 +37,7 @@ def sweep(options: Namespace) -> int:
     if options.seed is not None:
         config = config.model_copy(update={"seeds": (options.seed,)})
     console = make_console()
-    job = Sweep(config, options.output, options.data_dir, options.address, console)
+    job = Sweep(config, options.output, options.data_dir, options.address, console, options.storage)
     if options.dry_run:
         _print_plan(job, console)
         return 0

@@ -52,6 +52,8 @@ class Sweep:
         data_dir: Where data sets lie.
         address: Ray cluster; None: this machine.
         console: Where progress is shown.
+        storage: Where checkpoints are kept, so that a trial can go on from them on another node: a folder that
+            all nodes share, or `s3://…`; None: the sweep's own folder, which does on one machine.
     """
 
     config: SweepConfig
@@ -59,6 +61,7 @@ class Sweep:
     data_dir: Path | None = None
     address: str | None = None
     console: Console = field(default_factory=Console)
+    storage: str | None = None
 
     def __post_init__(self) -> None:
         """Check every point and load the data; nothing is started.
@@ -67,6 +70,10 @@ class Sweep:
             ConfigError: If anything in the input is wrong.
         """
         check_sweep(self.config)
+        if self.address and not self.storage:
+            raise ConfigError(
+                "--storage: a cluster's nodes need a common place for checkpoints: a folder or s3://…"
+            )
         self.adaptive = isinstance(self.config.search, OptunaSearchConfig)
         self.points = [] if self.adaptive else self.config.points()
         self.datasets: dict[str, Dataset] = {}
@@ -181,7 +188,7 @@ class Sweep:
             ),
             run_config=tune.RunConfig(
                 name=f"session-{time.time_ns()}",
-                storage_path=str(self.folder / "tune"),
+                storage_path=self._storage_path(),
                 failure_config=tune.FailureConfig(max_failures=self.config.retries),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                 stop=rule,
@@ -189,6 +196,12 @@ class Sweep:
                 verbose=0,
             ),
         )
+
+    def _storage_path(self) -> str:
+        if self.storage is None:
+            return str(self.folder / "tune")
+        place = self.storage if "://" in self.storage else str(Path(self.storage).resolve())
+        return f"{place.rstrip('/')}/{self.config.name}"
 
     def _search(self) -> tuple[Any, dict[str, Any], int]:
         """Return the searcher (None: the grid that follows), Tune's space, and the number of trials to run."""

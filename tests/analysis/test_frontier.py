@@ -98,7 +98,7 @@ def test_points_are_means_over_seeds_and_dominated_ones_are_marked() -> None:
 
 
 def point(defense: str, acc: float, psnr: float, settings: str = "") -> Point:
-    return Point("digits", "naive", defense, settings, settings, *(Estimate(v) for v in (acc, psnr, 0.1)), 0)
+    return Point("digits", "naive", defense, settings, settings, None, *(Estimate(v) for v in (acc, psnr, 0.1)), 0)
 
 
 def test_equal_bars_name_the_points_between() -> None:
