@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The environment is made anew whenever the pinned requirements change.
 STAMP := $(VENV)/.requirements-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test test-cluster lint types format clean
 
 demo: $(STAMP)  ## both tables on the embedded digits, offline, and the report
 	$(BIN)/fedsim compare --preset quick --output runs --resume
@@ -13,6 +13,9 @@ demo: $(STAMP)  ## both tables on the embedded digits, offline, and the report
 
 test: lint types $(STAMP)  ## lint, format, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-cluster: $(STAMP)  ## `ray up` on several hosts on this machine; root, iproute2, openssh-server, rsync
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ NAIVE = "naive"
 
 KEY = ["table", "dataset", "defense", "seed"]
 IMAGE_COLUMNS = (
-    "attack adversary round victim client image label PSNR SSIM capped loss iterations stalled exhausted seconds"
+    "attack adversary strategy round victim client image label PSNR SSIM capped loss iterations stalled exhausted "
+    "seconds"
 ).split()
 
 

@@ -18,6 +18,7 @@ import yaml
 from analysis.frames import KEY, CellKey, frames
 from analysis.names import ordered_columns, ordered_datasets
 from fedsim.errors import ConfigError
+from fedsim.results import audit_stem
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -83,12 +84,12 @@ class Comparison:
         return rows if dataset is None else rows[rows["dataset"] == dataset]
 
     def reconstructions(
-        self, key: CellKey, attack: str, adversary: str, round_index: int
+        self, key: CellKey, attack: str, adversary: str, round_index: int, strategy: str = ""
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Return originals and reconstructions, uint8 [N·B, C, H, W] each, in audit order; None if not logged."""
         folder = str(self.cells.set_index(KEY).loc[tuple(key), "artifacts"])
-        name = f"reconstructions/{attack}-{adversary}-r{round_index}.npz"
-        data = _artifact(self.tracking_uri, folder, name)
+        name = f"reconstructions/{audit_stem(attack, adversary, strategy, round_index)}.npz"
+        data = artifact(self.tracking_uri, folder, name)
         if data is None:
             return None
         with np.load(io.BytesIO(data)) as arrays:
@@ -103,8 +104,8 @@ def load_comparison(tracking_uri: str, name: str | None = None) -> Comparison:
     Raises:
         ConfigError: If the store cannot be read, or holds no such comparison (the names that it holds are listed).
     """
-    client, comparisons = _open_store(tracking_uri)
-    parent = _find(comparisons, tracking_uri, name)
+    client, comparisons = open_store(tracking_uri, "comparison")
+    parent = find_parent(comparisons, tracking_uri, name, "comparison")
     runs = _children(client, parent)
     loaded: dict[CellKey, dict[str, Any]] = {}
     unreadable = []
@@ -119,7 +120,7 @@ def load_comparison(tracking_uri: str, name: str | None = None) -> Comparison:
         reason = f" ({unreadable[0]})" if unreadable else ""
         title = parent.data.tags.get("fedsim.name", parent.info.run_id)
         raise ConfigError(f"comparison {title!r} has no finished cell yet{reason}")
-    config = _artifact(tracking_uri, parent.info.artifact_uri, "comparison.yaml")
+    config = artifact(tracking_uri, parent.info.artifact_uri, "comparison.yaml")
     return Comparison(
         name=parent.data.tags.get("fedsim.name", parent.info.run_name),
         run_id=parent.info.run_id,
@@ -133,8 +134,23 @@ def load_comparison(tracking_uri: str, name: str | None = None) -> Comparison:
     )
 
 
-def _open_store(tracking_uri: str) -> tuple[Any, list[Any]]:
-    """Return a client, and the runs of all comparisons, newest first."""
+def kind_of(tracking_uri: str, name: str | None) -> str:
+    """Return whether a name (None: the newest of all) is that of a `comparison` or of a `sweep`.
+
+    Raises:
+        ConfigError: If the store cannot be read or holds no such run.
+    """
+    runs = [run for kind in ("comparison", "sweep") for run in open_store(tracking_uri, kind)[1]]
+    newest = sorted(runs, key=lambda run: -run.info.start_time)
+    return str(find_parent(newest, tracking_uri, name, "comparison or sweep").data.tags["fedsim.kind"])
+
+
+def open_store(tracking_uri: str, kind: str) -> tuple[Any, list[Any]]:
+    """Return a client, and the parent runs of a kind (`comparison`, `sweep`), newest first.
+
+    Raises:
+        ConfigError: If the store cannot be read.
+    """
     # Creating a client on a missing SQLite file would leave an empty database behind.
     path = Path(tracking_uri.split(":///", 1)[1].split("?")[0]) if tracking_uri.startswith("sqlite:///") else None
     if path is not None and not path.exists():
@@ -147,30 +163,32 @@ def _open_store(tracking_uri: str) -> tuple[Any, list[Any]]:
     try:
         client = MlflowClient(tracking_uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        return client, list(_search(client, experiments, "tags.`fedsim.kind` = 'comparison'"))
+        return client, list(search_runs(client, experiments, f"tags.`fedsim.kind` = '{kind}'"))
     except Exception as error:  # MLflow raises whatever its store's driver raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot read the tracking store at {tracking_uri}: {reason}") from error
 
 
-def _find(runs: list[Any], tracking_uri: str, name: str | None) -> Any:
+def find_parent(runs: list[Any], tracking_uri: str, name: str | None, kind: str) -> Any:
+    """Return the newest of `runs` with that name or id; ConfigError lists those that there are."""
     for run in runs:
         if name is None or name in (run.info.run_id, run.data.tags.get("fedsim.name")):
             return run
     names = sorted({run.data.tags.get("fedsim.name", run.info.run_id) for run in runs})
     known = f"it holds: {', '.join(names)}" if names else "it holds none"
-    wanted = "comparison" if name is None else f"comparison named {name!r}"
+    wanted = kind if name is None else f"{kind} named {name!r}"
     raise ConfigError(f"no {wanted} in {tracking_uri}; {known}")
 
 
 def _children(client: Any, parent: Any) -> list[Any]:
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
-    runs = _search(client, [parent.info.experiment_id], query)
+    runs = search_runs(client, [parent.info.experiment_id], query)
     # Oldest first, so that a cell that was run again replaces its former result.
     return [run for run in reversed(list(runs)) if run.data.tags.get("fedsim.kind") == "cell"]
 
 
-def _search(client: Any, experiments: list[str], query: str) -> Iterator[Any]:
+def search_runs(client: Any, experiments: list[str], query: str) -> Iterator[Any]:
+    """Yield all runs that match a query, newest first."""
     token = None
     while True:
         page = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], page_token=token)
@@ -180,7 +198,7 @@ def _search(client: Any, experiments: list[str], query: str) -> Iterator[Any]:
             return
 
 
-def _artifact(tracking_uri: str, folder: str, name: str) -> bytes | None:
+def artifact(tracking_uri: str, folder: str, name: str) -> bytes | None:
     """Return a run's file by its own address (by the run's id, MLflow asks the database four times a file)."""
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -197,7 +215,7 @@ def _read_cell(tracking_uri: str, run: Any) -> tuple[CellKey, dict[str, Any]]:
     tags = run.data.tags
     key = CellKey(tags["fedsim.table"], tags["fedsim.dataset"], tags["fedsim.defense"], int(tags["fedsim.seed"]))
     names = ("result.json", "rounds.csv", "config.yaml")
-    result, rounds, config = (_artifact(tracking_uri, run.info.artifact_uri, name) for name in names)
+    result, rounds, config = (artifact(tracking_uri, run.info.artifact_uri, name) for name in names)
     if result is None:
         raise FileNotFoundError(f"{key} has no result.json")
     summary = json.loads(result)

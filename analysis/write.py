@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from analysis import tables
+from analysis import adversaries, tables
 from analysis.figures import draw_all
 from analysis.latex import latex
 from analysis.load import Comparison, load_comparison
@@ -35,7 +35,7 @@ def write_all(tracking_uri: str, name: str | None, output: Path) -> dict[str, Pa
     draft = Path(tempfile.mkdtemp(prefix=".analysis-", dir=output))
     try:
         _write(comparison, draft)
-        return _publish(draft, output)
+        return publish(draft, output)
     finally:
         shutil.rmtree(draft)
 
@@ -46,6 +46,10 @@ def _write(comparison: Comparison, folder: Path) -> None:
         for ending, render in RENDERINGS.items():
             _save(folder / f"table_{table}.{ending}", render(blocks_of(blocks, table)))
     _save(folder / "images.csv", tables.images_csv(comparison))
+    rows = adversaries.summarise(comparison)
+    if rows:
+        _save(folder / "adversaries.md", adversaries.markdown(rows))
+        _save(folder / "adversaries.csv", adversaries.csv(adversaries.every(comparison)))
     _save(folder / "configs" / "comparison.yaml", comparison.config)
     for key, config in comparison.configs.items():
         _save(folder / "configs" / f"{key}.yaml", config)
@@ -59,7 +63,8 @@ def _save(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def _publish(draft: Path, output: Path) -> dict[str, Path]:
+def publish(draft: Path, output: Path) -> dict[str, Path]:
+    """Move the files of `draft` to the same places below `output`; return them by their path there."""
     written = {}
     for path in sorted(path for path in draft.rglob("*") if path.is_file()):
         target = output / path.relative_to(draft)

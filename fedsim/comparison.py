@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fedsim.config import ExperimentConfig, RuntimeConfig, TrackingConfig, merged, parse_config, read_yaml
-from fedsim.data.datasets import Dataset, load_dataset
+from fedsim.data.datasets import Dataset, dataset_key, load_dataset
 from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import ConfigError, RunError
@@ -223,7 +223,7 @@ class Comparison:
 
     def dataset(self, config: ExperimentConfig) -> Dataset:
         """Return the data of an experiment, loaded once."""
-        key = f"{config.data.name} {config.data.shape} {config.data.model_dump_json(exclude={'partition'})}"
+        key = dataset_key(config.data)
         if key not in self._datasets:
             self._datasets[key] = load_dataset(config.data, self.data_dir)
         return self._datasets[key]

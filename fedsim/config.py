@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsim.attacks import AttackConfig
 from fedsim.data.datasets import DatasetConfig, DigitsConfig
@@ -15,6 +15,7 @@ from fedsim.defenses import DefenseConfig, NoDefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
+from fedsim.privacy.observation import Adversary
 from fedsim.schema import Schema, explain
 
 
@@ -65,8 +66,11 @@ class AuditConfig(Schema):
     payload: Literal["probe", "training"] = "probe"
     """`probe`: a protected gradient of `batch_size` images; `training`: the very update that a client contributes,
     whose local steps the attacker simulates."""
-    adversaries: tuple[Literal["naive"], ...] = ("naive",)
-    """What the attacker knows of the defense; `naive`: not that there is one."""
+    adversaries: tuple[Adversary, ...] = Field(default=("naive",), min_length=1)
+    """What the attacker knows of the defense; `naive`: not that there is one; `adaptive`: the scheme and its
+    public parameters; `oracle`: also what was drawn in secret this round."""
+    observations: int = Field(default=1, ge=1)
+    """Rounds at these weights in which an adversary who is not naive sees each victim, with fresh draws each."""
     victims_per_shard: int = Field(default=4, ge=1)
     """Victims attacked as one batched computation; shards run on the workers side by side."""
 
@@ -102,9 +106,16 @@ class TrackingConfig(Schema):
     """Where results are logged."""
 
     uri: str = "auto"
-    """MLflow tracking URI; auto: SQLite, `mlflow.db` in the output root. `off` logs nothing."""
+    """MLflow tracking URI; auto: the environment's MLFLOW_TRACKING_URI, or else SQLite, `mlflow.db` in the output
+    root. `off` logs nothing."""
     experiment: str = "fedsim"
     """Name of the MLflow experiment."""
+
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
 
 
 class ExperimentConfig(Schema):
@@ -144,6 +155,9 @@ class ExperimentConfig(Schema):
         if late and self.attacks:
             last = self.federation.rounds
             raise ValueError(f"audit.rounds: {late[0]} is not between 0 (untrained) and {last} (trained)")
+        rigid = [attack.title for attack in self.attacks if not attack.takes_strategies]
+        if rigid and set(self.audit.adversaries) != {"naive"}:
+            raise ValueError(f"audit.adversaries: only the naive adversary can use the attack {rigid[0]}")
         if self.federation.local_steps != 1:
             if self.defense.needs_one_local_step():
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")

@@ -1,6 +1,7 @@
 """How far a command has come: bars on a terminal, plain lines elsewhere."""
 
 import logging
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,9 @@ class Reporter:
 
     def round(self, record: dict[str, Any]) -> None:
         """One round has ended."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint was written."""
 
     def note(self, text: str) -> None:
         """Say one line."""

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     ROOT_SET = 10
     DATA_SPLIT = 11
     OVERHEAD = 12
+    PROBE_REPEATS = 13
 
 
 def _sequence(seed: int, purpose: Purpose, *counters: int) -> np.random.SeedSequence:

@@ -32,6 +32,7 @@ class AuditResult:
     Attributes:
         attack: Label of the attack.
         adversary: What the attacker knew.
+        strategy: What it made of that; "" is the plain attack.
         round: The round.
         rows: One row an image.
         originals: Private images as bytes, shape [N, B, C, H, W].
@@ -40,6 +41,7 @@ class AuditResult:
 
     attack: str
     adversary: str
+    strategy: str
     round: int
     rows: list[AuditRow]
     originals: NDArray[np.uint8]
@@ -48,7 +50,7 @@ class AuditResult:
     @property
     def stem(self) -> str:
         """Name of its files."""
-        return f"{self.attack}-{self.adversary}-r{self.round}"
+        return audit_stem(self.attack, self.adversary, self.strategy, self.round)
 
     def mean(self, metric: str) -> float:
         """Return the mean of `PSNR` or `SSIM` over the images."""
@@ -57,11 +59,17 @@ class AuditResult:
     def describe(self) -> str:
         """Return one line that says how it went."""
         unsound = sum(row.stalled or row.exhausted for row in self.rows)
+        knew = " ".join(filter(None, (self.adversary, self.strategy)))
         warning = f"; {unsound} stalled or out of budget" if unsound else ""
         return (
-            f"{self.attack} ({self.adversary}) before round {self.round}: PSNR {self.mean('PSNR'):.2f} dB, "
+            f"{self.attack} ({knew}) before round {self.round}: PSNR {self.mean('PSNR'):.2f} dB, "
             f"SSIM {self.mean('SSIM'):.3f} over {len(self.rows)} images{warning}"
         )
+
+
+def audit_stem(attack: str, adversary: str, strategy: str, round_: int) -> str:
+    """Return the name of an audit's files and, before the metric's, of its metrics."""
+    return "-".join(filter(None, (attack, adversary, strategy, f"r{round_}")))
 
 
 @dataclass
@@ -149,17 +157,16 @@ class RunFolder:
         write_atomically(self.reconstructions / f"{audit.stem}.npz", buffer.getvalue())
         write_json(self.reconstructions / f"{audit.stem}.json", [asdict(row) for row in audit.rows])
 
-    def load_audit(self, attack: str, adversary: str, round_: int) -> AuditResult | None:
+    def load_audit(self, attack: str, adversary: str, strategy: str, round_: int) -> AuditResult | None:
         """Return an audit written before, None if there is none."""
-        empty = np.zeros(0, np.uint8)
-        stem = AuditResult(attack, adversary, round_, [], empty, empty).stem
+        stem = audit_stem(attack, adversary, strategy, round_)
         rows = self.reconstructions / f"{stem}.json"
         if not rows.exists():
             return None
         with np.load(self.reconstructions / f"{stem}.npz") as arrays:
             originals, reconstructions = arrays["originals"], arrays["reconstructions"]
         parsed = [AuditRow(**row) for row in json.loads(rows.read_text(encoding="utf-8"))]
-        return AuditResult(attack, adversary, round_, parsed, originals, reconstructions)
+        return AuditResult(attack, adversary, strategy, round_, parsed, originals, reconstructions)
 
     def load_result(self) -> SimulationResult:
         """Read a finished run back."""
@@ -167,7 +174,8 @@ class RunFolder:
         if summary is None:
             raise ConfigError(f"{self.path} holds no finished run")
         config = parse_config(read_yaml(self.path / "config.yaml"), str(self.path / "config.yaml"))
-        keys = {(a["attack"], a["adversary"], a["round"]): None for a in summary["audits"]}
+        names = ("attack", "adversary", "strategy", "round")
+        keys = {tuple(a[name] for name in names): None for a in summary["audits"]}
         audits = [audit for key in keys if (audit := self.load_audit(*key))]
         return SimulationResult(config, summary, pd.read_csv(self.path / "rounds.csv"), audits)
 

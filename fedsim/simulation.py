@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.attacks.strategies import strategies_of
 from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, load_dataset, mean_image, root_set
 from fedsim.data.partitions import partition
@@ -22,9 +23,9 @@ from fedsim.engine.session import SessionSpec
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
 from fedsim.privacy import audit
-from fedsim.privacy.observation import LocalTraining, Payload, Victim
+from fedsim.privacy.observation import Adversary, LocalTraining, Payload, Victim
 from fedsim.progress import Reporter
-from fedsim.results import AuditResult, RunFolder, SimulationResult, summarize
+from fedsim.results import AuditResult, RunFolder, SimulationResult, audit_stem, summarize
 from fedsim.tracking import TrackedRun, Tracker
 
 
@@ -223,6 +224,7 @@ class _Run:
                 self._note(record)
                 if self._due(round_, self.config.checkpoint_every):
                     self._checkpoint()
+                self.reporter.round(record)
             self.audit_round(rounds)
             return self._finish(self._overhead())
         finally:
@@ -235,15 +237,25 @@ class _Run:
             return
         payload = self.federation.probe(round_, victims)
         truth = audit.GroundTruth.of(self._images(), victims)
-        for number, attack in enumerate(self.config.attacks):
-            for adversary in self.config.audit.adversaries:
-                if not self._audited(attack.title, adversary, round_):
-                    self._attack(number, adversary, round_, payload, victims, truth)
+        for number, adversary, strategy in self._trials():
+            if not self._audited(self.config.attacks[number].title, adversary, strategy, round_):
+                self._attack(number, adversary, strategy, round_, payload, victims, truth)
+
+    def _trials(self) -> list[tuple[int, Adversary, str]]:
+        """Return what is tried on the victims of a round: number of the attack, adversary, strategy."""
+        audit = self.config.audit
+        return [
+            (number, adversary, strategy)
+            for number in range(len(self.config.attacks))
+            for adversary in audit.adversaries
+            for strategy in strategies_of(self.config.defense, adversary, audit.observations)
+        ]
 
     def _attack(
         self,
         number: int,
-        adversary: str,
+        adversary: Adversary,
+        strategy: str,
         round_: int,
         payload: Payload,
         victims: tuple[Victim, ...],
@@ -256,14 +268,17 @@ class _Run:
             labels=truth.labels.numpy() if settings.knows_labels else None,
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
             local=LocalTraining(victims[0].steps, self.config.federation.learning_rate),
+            adversary=adversary,
+            strategy=strategy,
         )
-        found = self.federation.attack(payload, job)
-        at_truth = self.federation.matching_loss(payload, job, truth.images, truth.labels)
+        found, seen = self.federation.attack(payload, job)
+        at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels)
         result = AuditResult(
             attack=settings.title,
             adversary=adversary,
+            strategy=strategy,
             round=round_,
-            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, round_),
+            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, strategy, round_),
             originals=audit.as_bytes(truth.images),
             reconstructions=audit.as_bytes(found.images),
         )
@@ -272,18 +287,18 @@ class _Run:
             self.folder.save_audit(result)
         self.reporter.note(f"{self.config.name}: {result.describe()}")
 
-    def _audited(self, attack: str, adversary: str, round_: int) -> bool:
-        return any((a.attack, a.adversary, a.round) == (attack, adversary, round_) for a in self.audits)
+    def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:
+        stem = audit_stem(attack, adversary, strategy, round_)
+        return any(audit.stem == stem for audit in self.audits)
 
     def _reload_audits(self) -> None:
         if not self.folder:
             return
         for round_ in self.victims:
-            for attack in self.config.attacks:
-                for adversary in self.config.audit.adversaries:
-                    found = self.folder.load_audit(attack.title, adversary, round_)
-                    if found:
-                        self.audits.append(found)
+            for number, adversary, strategy in self._trials():
+                found = self.folder.load_audit(self.config.attacks[number].title, adversary, strategy, round_)
+                if found:
+                    self.audits.append(found)
 
     def _images(self) -> ImageStore:
         return ImageStore.of(self.dataset.train_images, self.dataset.train_labels, "cpu")
@@ -294,7 +309,6 @@ class _Run:
 
     def _note(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        self.reporter.round(record)
         if self.tracked:
             self.tracked.round(record)
 
@@ -310,7 +324,8 @@ class _Run:
 
     def _checkpoint(self) -> None:
         if self.checkpoints:
-            self.checkpoints.save(Checkpoint(len(self.history), self.federation.state(), self.history))
+            state = Checkpoint(len(self.history), self.federation.state(), self.history)
+            self.reporter.saved(self.checkpoints.save(state))
 
     def _overhead(self) -> Overhead | None:
         pairs = self.config.overhead_pairs

@@ -3,26 +3,62 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedsim.data.datasets import Dataset
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from fedsim.results import RunFolder, SimulationResult
 
+T = TypeVar("T")
 PARAM_LIMIT = 6000
 METRICS_PER_BATCH = 900
+PATIENCE_SECONDS = 600
+"""How long a write that cannot wait is tried again while MLflow is away."""
+RETRY_SECONDS = 5
+"""Least time between two tries."""
+PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "PERMISSION_DENIED")
+"""MLflow's error codes that no waiting cures."""
+
+log = logging.getLogger("fedsim")
 
 
 def resolve_uri(uri: str, root: Path) -> str:
-    """Return the tracking URI that `uri` stands for; `auto` is SQLite in the output root."""
+    """Return the tracking URI that `uri` stands for.
+
+    `auto` is the environment's MLFLOW_TRACKING_URI, as on a cluster, or else SQLite in the output root.
+    """
+    if uri == "auto":
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
     if uri != "auto":
         return uri
     root.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+def patiently(write: Callable[[], T], patience: float | None = None) -> T:
+    """Return what `write` returns, trying again while MLflow is away.
+
+    Args:
+        write: A write that may be repeated.
+        patience: Seconds to try; None: `PATIENCE_SECONDS`.
+
+    Raises:
+        RunError: If MLflow did not come back in time, or refused.
+    """
+    deadline = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
+    while True:
+        try:
+            return write()
+        except Exception as error:  # MLflow raises whatever its store's driver raises
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if getattr(error, "error_code", None) in PERMANENT or time.monotonic() > deadline:
+                raise RunError(f"MLflow: {reason}") from error
+            log.warning("MLflow does not answer (%s); trying again", reason)
+            time.sleep(RETRY_SECONDS)
 
 
 class Tracker:
@@ -65,6 +101,9 @@ class Tracker:
 
         The identity is the tag `fedsim.id`: a run found by it is continued, so that a resume makes no second.
         """
+        return patiently(lambda: self._start(name, tags, parent))
+
+    def _start(self, name: str, tags: Mapping[str, str], parent: "TrackedRun | None") -> "TrackedRun":
         existing = self._find(tags["fedsim.id"])
         if existing:
             run_id = existing.info.run_id
@@ -89,32 +128,41 @@ class Tracker:
 
 
 class TrackedRun:
-    """One MLflow run."""
+    """One MLflow run.
+
+    While MLflow is away, metrics of rounds wait in memory and all else is tried again with patience.
+    """
 
     def __init__(self, tracker: Tracker, run_id: str, rounds_logged: int = 0) -> None:
         """Wrap the run `run_id`, whose first `rounds_logged` rounds are there already."""
         self.client, self.run_id, self._rounds_logged = tracker.client, run_id, rounds_logged
-        self._buffer: list[tuple[str, float, int]] = []
+        self._buffer: list[tuple[str, float, int, int]] = []
+        self._next_try = 0.0
 
     def params(self, nested: Mapping[str, Any]) -> None:
         """Log settings under their dotted paths; those already logged are left alone."""
         from mlflow.entities import Param
 
-        known = self.client.get_run(self.run_id).data.params
+        known = patiently(lambda: self.client.get_run(self.run_id)).data.params
         flat = {name: str(value)[:PARAM_LIMIT] for name, value in flatten(nested).items()}
         new = [Param(name, value) for name, value in flat.items() if name not in known]
         for at in range(0, len(new), 100):
-            self.client.log_batch(self.run_id, params=new[at : at + 100])
+            self._write(params=new[at : at + 100])
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self._write(tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _write(self, **batch: Any) -> None:
+        patiently(lambda: self.client.log_batch(self.run_id, **batch))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Note a round's metrics; `flush` writes them."""
-        self._buffer += [(name, float(value), step) for name, value in values.items()]
+        # The time is taken now: a batch that is sent twice is then the same rows, which MLflow keeps once.
+        now = int(time.time() * 1000)
+        self._buffer += [(name, float(value), now, step) for name, value in values.items()]
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Log a round's record, unless it is there; a batch is written whenever the model was evaluated."""
@@ -123,8 +171,16 @@ class TrackedRun:
         names = {"ACC", "test_loss", "loss", "seconds", "upload_bytes", "clients"}
         values = {name: record[name] for name in names if record.get(name) is not None}
         self.metrics({**values, "rejected": record["clients_rejected"]}, record["round"])
-        if "ACC" in record:
-            self.flush()
+        if "ACC" in record and time.monotonic() >= self._next_try:
+            self._try_flush()
+
+    def _try_flush(self) -> None:
+        """Write the noted metrics if MLflow is there; else keep them for a later try."""
+        try:
+            self.flush(patience=0)
+        except RunError as error:
+            log.warning("%s; the metrics are kept and sent later", error)
+            self._next_try = time.monotonic() + RETRY_SECONDS
 
     def result(self, result: "SimulationResult", folder: "RunFolder | None") -> None:
         """Log the final figures, versions and hardware, and the files of the run."""
@@ -146,15 +202,18 @@ class TrackedRun:
             if folder.reconstructions.exists():
                 self.artifact(folder.reconstructions, "reconstructions")
 
-    def flush(self) -> None:
-        """Write the noted metrics in batches."""
+    def flush(self, patience: float | None = None) -> None:
+        """Write the noted metrics in batches; what could not be written stays noted.
+
+        Raises:
+            RunError: If MLflow stays away for `patience` seconds.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        rows = [Metric(name, value, now, step) for name, value, step in self._buffer]
-        for at in range(0, len(rows), METRICS_PER_BATCH):
-            self.client.log_batch(self.run_id, metrics=rows[at : at + METRICS_PER_BATCH])
-        self._buffer.clear()
+        while self._buffer:
+            rows = [Metric(*row) for row in self._buffer[:METRICS_PER_BATCH]]
+            patiently(lambda rows=rows: self.client.log_batch(self.run_id, metrics=rows), patience)  # type: ignore[misc]
+            del self._buffer[:METRICS_PER_BATCH]
 
     def dataset(self, dataset: Dataset, source: str) -> None:
         """Log which data set the run used, by name, digest and size."""
@@ -169,19 +228,18 @@ class TrackedRun:
             profile=f'{{"train": {len(dataset.train_labels)}, "test": {len(dataset.test_labels)}}}',
         )
         tag = InputTag("mlflow.data.context", "training")
-        self.client.log_inputs(self.run_id, datasets=[DatasetInput(entity, [tag])])
+        inputs = [DatasetInput(entity, [tag])]
+        patiently(lambda: self.client.log_inputs(self.run_id, datasets=inputs))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or all files of a folder."""
-        if path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self.client.log_artifact(self.run_id, str(path), folder)
+        store = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+        patiently(lambda: store(self.run_id, str(path), folder))
 
     def finish(self, status: str = "FINISHED") -> None:
         """Write what is noted and end the run as FINISHED, FAILED or KILLED."""
         self.flush()
-        self.client.set_terminated(self.run_id, status)
+        patiently(lambda: self.client.set_terminated(self.run_id, status))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

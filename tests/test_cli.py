@@ -102,6 +102,12 @@ def test_list_and_validate(tiny: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "restarts" in capsys.readouterr().out
     assert run(["validate", str(tiny)]) == 0
     assert "a valid comparison of 4 cells" in capsys.readouterr().out
+    sweep = tiny.with_name("sweep.yaml")
+    sweep.write_text("{name: s, space: {federation.rounds: {grid: [1, 2]}}}")
+    assert run(["validate", str(sweep)]) == 0
+    assert "a valid sweep, s" in capsys.readouterr().out
+    sweep.write_text("{name: s, space: {federation.rounds: {grid: [1, 0]}}}")
+    assert "federation.rounds" in fails(["validate", str(sweep)], capsys)
 
 
 @pytest.mark.ray

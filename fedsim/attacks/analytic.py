@@ -32,6 +32,11 @@ class AnalyticConfig(AttackSettings):
                 raise ValueError(f"{name}: a closed form has no use for it")
         return self
 
+    @property
+    def takes_strategies(self) -> bool:
+        """A closed form matches nothing."""
+        return False
+
     def check(self, model: Model, batch_size: int) -> None:
         """See `AttackSettings.check`: the model starts with a linear layer, and ends with one.
 

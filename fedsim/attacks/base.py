@@ -1,13 +1,18 @@
 """What an attack is: one function from what the server saw to images."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
+
+if TYPE_CHECKING:
+    from fedsim.attacks.gradient_matching import Distance, Targets
 
 LabelSource = Literal["known", "recovered"]
 """How an attacker that does not search for labels gets them: given, or from the last layer's gradient."""
@@ -37,6 +42,14 @@ class Attack:
         """
         return None
 
+    def matching(self, distance: "Callable[[Targets], Distance]") -> "Attack":
+        """Return this attack with another distance between gradients in place of its own.
+
+        Raises:
+            ConfigError: If the attack matches no gradients.
+        """
+        raise ConfigError(f"{type(self).__name__} matches no gradients; only the naive adversary can use it")
+
 
 class AttackSettings(Schema):
     """Base of the settings of an attack: `build` makes the attack itself."""
@@ -57,6 +70,11 @@ class AttackSettings(Schema):
     def knows_labels(self) -> bool:
         """Whether the audit hands the victims' labels to the attack."""
         return False
+
+    @property
+    def takes_strategies(self) -> bool:
+        """Whether adversaries who know the defense can use the attack: it weighs entries, and takes a distance."""
+        return True
 
     def check(self, model: Model, batch_size: int) -> None:
         """See that the attack applies, before any work starts.

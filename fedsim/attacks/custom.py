@@ -33,6 +33,11 @@ class CustomAttackConfig(AttackSettings):
         """Return what the user declared."""
         return self.needs_labels
 
+    @property
+    def takes_strategies(self) -> bool:
+        """An attack of a user's own need not know of trust and distances."""
+        return False
+
     def build(self) -> Attack:
         """Call the factory.
 

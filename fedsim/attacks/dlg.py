@@ -1,6 +1,7 @@
 """Deep Leakage from Gradients: search images (and labels) whose gradient is the one that was sent, by L-BFGS."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, Self
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found
-from fedsim.attacks.gradient_matching import BalancedError, Distance, GradientMatching, SquaredError, loss_at
+from fedsim.attacks.gradient_matching import (
+    BalancedError,
+    Distance,
+    GradientMatching,
+    SquaredError,
+    Targets,
+    loss_at,
+)
 from fedsim.attacks.labels import labels_from, last_linear
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG
@@ -37,7 +45,6 @@ class DLGConfig(LBFGSAttackSettings):
     name: Literal["dlg"] = "dlg"
     published: bool = False
     """The original's search, stalls included: no line search, unscaled loss, N(0, 1) start, 300 × 20 steps."""
-
     labels: Literal["joint", "known", "recovered"] = "joint"
     """`joint`: searched together with the images; `known`: given; `recovered`: from the last layer's gradient."""
 
@@ -52,6 +59,11 @@ class DLGConfig(LBFGSAttackSettings):
         """Whether labels are given."""
         return self.labels == "known"
 
+    @property
+    def takes_strategies(self) -> bool:
+        """The original is left as it was."""
+        return not self.published
+
     def check(self, model: Model, batch_size: int) -> None:
         """See `AttackSettings.check`: labels are recovered from a last linear layer."""
         if self.labels == "recovered":
@@ -61,7 +73,7 @@ class DLGConfig(LBFGSAttackSettings):
         """Return the attack."""
         if self.published:
             return PublishedDLG(self)
-        return DLG(self, None if self.labels == "joint" else self.labels)
+        return DLG(self, source=None if self.labels == "joint" else self.labels)
 
 
 class DLG(Attack):
@@ -74,9 +86,18 @@ class DLG(Attack):
     stopping rules are ours: with the original's the search stalls (see `published`).
     """
 
-    def __init__(self, settings: LBFGSAttackSettings, source: LabelSource | None = None) -> None:
-        """Take the settings, and where labels come from if they are not searched for."""
-        self.settings, self.source = settings, source
+    def __init__(
+        self,
+        settings: LBFGSAttackSettings,
+        distance: Callable[[Targets], Distance] = SquaredError,
+        source: LabelSource | None = None,
+    ) -> None:
+        """Take the settings, the distance to match by, and where labels come from if they are not searched for."""
+        self.settings, self.distance, self.source = settings, distance, source
+
+    def matching(self, distance: Callable[[Targets], Distance]) -> Attack:
+        """See `Attack`."""
+        return type(self)(self.settings, distance, self.source)
 
     def labels(self, observation: Observation) -> Tensor | None:
         """Return the labels to assume, [N, B], or None to search for them as well."""
@@ -84,12 +105,12 @@ class DLG(Attack):
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
-        return loss_at(observation, SquaredError, self.settings.ignore, images, labels)
+        return loss_at(observation, self.distance, self.settings.ignore, images, labels)
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """See `Attack`."""
         began = time.perf_counter()
-        run = _Run(observation, self.labels(observation), self.settings)
+        run = _Run(observation, self.labels(observation), self.settings, self.distance)
         best = run.attempt(0, run.dummies.everyone)
         for restart in range(1, self.settings.restarts):
             unsolved = ((best.loss > EXACT) | best.stalled | best.exhausted).nonzero()[:, 0]
@@ -101,16 +122,22 @@ class DLG(Attack):
 class _Run:
     """One observation under attack."""
 
-    def __init__(self, observation: Observation, labels: Tensor | None, settings: LBFGSAttackSettings) -> None:
-        self.observation, self.settings = observation, settings
+    def __init__(
+        self,
+        observation: Observation,
+        labels: Tensor | None,
+        settings: LBFGSAttackSettings,
+        distance: Callable[[Targets], Distance],
+    ) -> None:
+        self.observation, self.settings, self.distance = observation, settings, distance
         self.dummies = Dummies(observation, labels)
-        self.matchings: dict[tuple[type[Distance], torch.dtype], GradientMatching] = {}
+        self.matchings: dict[tuple[Callable[[Targets], Distance], torch.dtype], GradientMatching] = {}
 
     def attempt(self, restart: int, victims: Tensor) -> Found:
         """Attack `victims` from one start each."""
         single = self.settings.precision != "float64"
         start = self.dummies.start(victims, MID_GREY, restart, torch.float32 if single else torch.float64)
-        found = self._search(SquaredError, start, victims, EXACT)
+        found = self._search(self.distance, start, victims, EXACT)
         exact = (found.loss <= EXACT).nonzero()[:, 0]
         if len(exact) == 0:
             return found
@@ -125,11 +152,16 @@ class _Run:
         """
         grey, _ = self._evaluate(BalancedError, self.dummies.greyed(found.variables), victims)
         end = self._search(BalancedError, found.variables, victims, self.settings.tolerance, grey)
-        loss, _ = self._evaluate(SquaredError, end.variables, victims)
+        loss, _ = self._evaluate(self.distance, end.variables, victims)
         return replace(end.after(found.iterations), loss=loss)
 
     def _search(
-        self, distance: type[Distance], start: Tensor, victims: Tensor, solved: float, unit: Tensor | None = None
+        self,
+        distance: Callable[[Targets], Distance],
+        start: Tensor,
+        victims: Tensor,
+        solved: float,
+        unit: Tensor | None = None,
     ) -> Found:
         """Minimise the distance, in units of `unit` [k], from `start` [k, n] on."""
         units = torch.ones_like(start[:, 0]) if unit is None else unit.to(start)
@@ -148,7 +180,9 @@ class _Run:
         finer = self._search(distance, end.x[stuck].double(), victims[stuck], solved, units[stuck])
         return found.replaced(stuck, finer.after(found.iterations[stuck]))
 
-    def _evaluate(self, distance: type[Distance], x: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(
+        self, distance: Callable[[Targets], Distance], x: Tensor, victims: Tensor
+    ) -> tuple[Tensor, Tensor]:
         key = distance, x.dtype
         if key not in self.matchings:
             self.matchings[key] = GradientMatching(self.observation, distance, self.settings.ignore, x.dtype)

@@ -1,6 +1,7 @@
 """Inverting Gradients: the direction of the gradient and a smooth image, by Adam on the sign of the gradient."""
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
-from fedsim.attacks.gradient_matching import CosineDistance, GradientMatching, loss_at
+from fedsim.attacks.distances import AbsoluteError, LayerCosine
+from fedsim.attacks.gradient_matching import CosineDistance, Distance, GradientMatching, Targets, loss_at
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
@@ -21,6 +23,13 @@ DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's, as in Kingma and Ba, 2015."""
+
+
+OBJECTIVES: dict[str, Callable[[Targets], Distance]] = {
+    "cosine": CosineDistance,
+    "layer_cosine": LayerCosine,
+    "l1": AbsoluteError,
+}
 
 
 class GIAConfig(AttackSettings):
@@ -37,7 +46,9 @@ class GIAConfig(AttackSettings):
     """Whether `tv` is in units of the cosine distance reached so far, which needs no tuning by model and lets the
     prior count for as much as the gradient leaves open; if not, beside the plain cosine distance, as published
     (1e-4 to 0.2 in various codes)."""
-
+    objective: Literal["cosine", "layer_cosine", "l1"] = "cosine"
+    """What is minimised beside the prior: the cosine distance of the whole gradient, as published; its mean over
+    parameters; or the absolute error."""
     labels: LabelSource = "known"
     """`known`, as published, or `recovered` from the last layer's gradient."""
 
@@ -53,7 +64,7 @@ class GIAConfig(AttackSettings):
 
     def build(self) -> Attack:
         """Return the attack."""
-        return GIA(self)
+        return GIA(self, OBJECTIVES[self.objective])
 
 
 class GIA(Attack):
@@ -67,20 +78,24 @@ class GIA(Attack):
     NeurIPS 2020; the relative weight is ours.
     """
 
-    def __init__(self, settings: GIAConfig) -> None:
-        """Take the settings."""
-        self.settings = settings
+    def __init__(self, settings: GIAConfig, distance: Callable[[Targets], Distance] = CosineDistance) -> None:
+        """Take the settings, and the distance to match by."""
+        self.settings, self.distance = settings, distance
+
+    def matching(self, distance: Callable[[Targets], Distance]) -> Attack:
+        """See `Attack`."""
+        return GIA(self.settings, distance)
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`; the total variation counts as it does in the search."""
-        distance = loss_at(observation, CosineDistance, self.settings.ignore, images, labels)
+        distance = loss_at(observation, self.distance, self.settings.ignore, images, labels)
         return _objective(distance, total_variation(images)[0], self.settings)
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
         labels = labels_from(self.settings.labels, observation, "gia")
-        run = _Run(observation, labels, self.settings)
+        run = _Run(observation, labels, self.settings, self.distance)
         for _ in range(self.settings.iterations):
             run.step()
         loss, chosen = run.best_loss.view(observation.victims, -1).min(1)
@@ -100,9 +115,15 @@ class GIA(Attack):
 class _Run:
     """Adam on M = victims × restarts problems; every tensor has a leading dimension M."""
 
-    def __init__(self, observation: Observation, labels: Tensor, settings: GIAConfig) -> None:
+    def __init__(
+        self,
+        observation: Observation,
+        labels: Tensor,
+        settings: GIAConfig,
+        distance: Callable[[Targets], Distance],
+    ) -> None:
         self.settings = settings
-        self.matching = GradientMatching(observation, CosineDistance, settings.ignore)
+        self.matching = GradientMatching(observation, distance, settings.ignore)
         everyone = torch.arange(observation.victims, device=observation.weights.device)
         self.victims = everyone.repeat_interleave(settings.restarts)
         self.probabilities = one_hot(labels, observation.model.classes, observation.weights)[self.victims]

@@ -116,6 +116,35 @@ class CosineDistance:
         return loss, residual.sub_(along * units).div_(norms)
 
 
+class SliceError:
+    """Π_s (r_s / ‖t_s‖²)^(d_s / d) over slices s of d_s entries, r_s = ‖g_s − t_s‖²: 1 for a gradient of zero.
+
+    Its minima are those of Σ_s d_s·log(r_s / d_s): the most probable image if every slice carries noise of a
+    strength of its own that nobody knows. A slice that can be matched exactly pulls the product to zero, whatever
+    the others do, so it is the intact slices that the search settles on.
+    """
+
+    def __init__(self, targets: Targets, bounds: tuple[int, ...]) -> None:
+        """Take what the victims sent, whole, and the bounds of the slices [n + 1]."""
+        sizes = torch.tensor(bounds, device=targets.vectors.device).diff()
+        self.sizes, self.targets = sizes, targets.vectors
+        self.shares = sizes.to(targets.vectors) / sizes.sum()
+        self.squares = self._sums(targets.vectors.square())
+
+    def _sums(self, values: Tensor) -> Tensor:
+        parts = values.split(self.sizes.tolist(), 1)
+        # The least residual that counts keeps the logarithm finite where nothing is left to match.
+        return torch.stack([part.sum(1) for part in parts], 1).clamp_min(torch.finfo(values.dtype).tiny)
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual = gradients - self.targets[victims]
+        squares = self._sums(residual.square())
+        loss = (self.shares * (squares / self.squares[victims]).log()).sum(1).exp()
+        slopes = 2 * loss[:, None] * self.shares / squares
+        return loss, residual.mul_(slopes.repeat_interleave(self.sizes, 1))
+
+
 @dataclass(frozen=True)
 class Match:
     """The outcome of one evaluation of m problems.
@@ -160,6 +189,10 @@ class GradientMatching:
         for victim, finite in enumerate(torch.isfinite(targets).all(1).tolist()):
             if not finite:
                 raise ConfigError(f"the gradient of victim {victim} holds values that are not finite")
+        # Scaling both sides lets every distance weigh entries by trust without knowing of it.
+        self.scale = None if observation.trust is None else self._select(observation.trust.to(weights)).sqrt()
+        if self.scale is not None:
+            targets = targets * self.scale
         self.distance = distance(Targets(targets, tuple(span.stop - span.start for span in self.spans)))
         chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
         self.engine = chain or Autodiff(observation.model, weights, observation.local)
@@ -182,7 +215,13 @@ class GradientMatching:
 
     def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradients, pullback = self.engine.gradients(images, probabilities)
-        loss, by_selected = self.distance(self._select(gradients), victims)
+        selected = self._select(gradients)
+        if self.scale is None:
+            loss, by_selected = self.distance(selected, victims)
+        else:
+            scale = self.scale[victims]
+            loss, by_selected = self.distance(selected * scale, victims)
+            by_selected = by_selected * scale
         return loss, *pullback(self._spread(by_selected))
 
     def _select(self, vectors: Tensor) -> Tensor:

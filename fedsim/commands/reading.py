@@ -10,7 +10,7 @@ from fedsim.commands.base import make_console, store_options, store_uri
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Take the options of `fedsim tables` and `fedsim report`."""
-    parser.add_argument("name", nargs="?", help="name of the comparison (default: the newest)")
+    parser.add_argument("name", nargs="?", help="name of the comparison or sweep (default: the newest)")
     store_options(parser)
 
 
@@ -24,9 +24,24 @@ def tables(options: Namespace) -> int:
 
 
 def report(options: Namespace) -> int:
-    """Write the report of a comparison."""
-    write_report(store_uri(options), options.name, options.output, make_console())
+    """Write the report of a comparison or sweep."""
+    from analysis.load import kind_of
+
+    uri = store_uri(options)
+    write = write_sweep_report if kind_of(uri, options.name) == "sweep" else write_report
+    write(uri, options.name, options.output, make_console())
     return 0
+
+
+def write_sweep_report(uri: str, name: str | None, root: Path, console: Any) -> None:
+    """Write tables, figures and report of a sweep below `root`."""
+    from analysis.sweep_report import write_sweep
+
+    sweep, written = write_sweep(uri, name, root)
+    folder = root / sweep.name
+    console.print(
+        f"wrote {len(written)} files to {folder}; the summary is {folder / 'report.html'}", soft_wrap=True
+    )
 
 
 def write_report(uri: str, name: str | None, root: Path, console: Any) -> None:

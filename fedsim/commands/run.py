@@ -60,6 +60,12 @@ def validate(options: Namespace) -> int:
     if "tables" in data:
         cells = parse_comparison(data, str(path)).cells()
         print(f"{path}: a valid comparison of {len(cells)} cells")
+    elif {"space", "alternatives", "comparison"} & data.keys():
+        from fedsim.sweep.config import check_sweep, load_sweep_config
+
+        sweep = load_sweep_config(path)
+        check_sweep(sweep)
+        print(f"{path}: a valid sweep, {sweep.name}, over {len(sweep.seeds)} seed(s)")
     else:
         config = load_config(path, overrides)
         print(f"{path}: a valid simulation, {config.name}: {config.federation.rounds} rounds")

@@ -185,6 +185,11 @@ DatasetConfig = Annotated[
 ]
 
 
+def dataset_key(config: DatasetConfig) -> str:
+    """Return a text that is the same for configs of the same images, however these are split."""
+    return f"{config.name} {config.shape} {config.model_dump_json(exclude={'partition'})}"
+
+
 def load_dataset(config: DatasetConfig, data_dir: Path | None = None, download: bool = True) -> Dataset:
     """Load a data set, downloading it first if that is needed and allowed.
 

@@ -150,6 +150,14 @@ class Defense:
         clients, dimension = protected.shape
         return torch.full((clients,), float(dimension * protected.element_size()))
 
+    def secrets(self, context: ClientContext) -> dict[str, Tensor]:
+        """Return what the clients would draw in secret to protect in `context`, each with a leading dimension K.
+
+        Only the audit asks, to tell the oracle. It must not read more of the clients' streams than `protect` does
+        up to that draw.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the server's memory of this defense."""
         return {}
@@ -168,3 +176,17 @@ class DefenseSettings(Schema):
     def needs_one_local_step(self) -> bool:
         """Whether the scheme is defined for one local step only (e.g. per-sample clipping)."""
         return False
+
+    def strategies(self) -> tuple[str, ...]:
+        """Return the names, in `fedsim.attacks.strategies`, of what an attacker who knows the scheme can do.
+
+        All parameters of the scheme and what it publishes are known to such an attacker; its draws are not.
+        """
+        return ()
+
+    def oracle_strategies(self) -> tuple[str, ...]:
+        """Return the names of what an attacker can do who is also told the `secrets` of the round.
+
+        Empty where there is no secret beside the noise itself: then the oracle is the adaptive attacker.
+        """
+        return ()

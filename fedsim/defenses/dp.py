@@ -31,6 +31,10 @@ class NoiseConfig(DefenseSettings):
         """Per-sample gradients describe one local step."""
         return self.clip == "sample"
 
+    def strategies(self) -> tuple[str, ...]:
+        """The noise is the only secret, and to be told it would be to be told the gradient: no oracle."""
+        return ("likelihood", "denoise", "average")
+
 
 class GaussianConfig(NoiseConfig):
     """Gaussian noise on every entry of the update, after optional clipping."""

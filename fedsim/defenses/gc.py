@@ -23,6 +23,10 @@ class GradientCompressionConfig(DefenseSettings):
         """Return the defense."""
         return GradientCompression(self)
 
+    def strategies(self) -> tuple[str, ...]:
+        """The zeros in the observation tell what was pruned, so there is nothing more to tell an oracle."""
+        return ("survivors", "thresholds")
+
 
 class GradientCompression(Defense):
     """Zeroes the entries below each parameter's quantile of magnitudes.

@@ -69,6 +69,14 @@ class GradDefenseConfig(DefenseSettings):
         """Per-sample gradients describe one local step."""
         return self.clipping_norm is not None
 
+    def strategies(self) -> tuple[str, ...]:
+        """Bounds, number and strength of the noisy slices are public; which they are is not."""
+        return ("slices", "denoise", "average", "agreement")
+
+    def oracle_strategies(self) -> tuple[str, ...]:
+        """An oracle knows the slices that a client has drawn."""
+        return ("told_slices",)
+
 
 class GradDefense(Defense):
     """The defense of the paper, its five parts in order: risk, slices, perturbation, clipping, compensation.
@@ -117,6 +125,10 @@ class GradDefense(Defense):
         if self.published:
             self._perturb_neighbours(protected, strength, bounds, context)
         return protected
+
+    def secrets(self, context: ClientContext) -> dict[str, Tensor]:
+        """Return which slices each client draws, `selected` [K, n], bool."""
+        return {"selected": self._select(context)}
 
     def _select(self, context: ClientContext) -> Tensor:
         """Draw k of the n slices for each client, as a mask [K, n]."""

@@ -32,6 +32,10 @@ class PLDConfig(DefenseSettings):
         """Return the defense."""
         return PLD(self)
 
+    def strategies(self) -> tuple[str, ...]:
+        """The zero columns betray the pruned features, so there is nothing more to tell an oracle."""
+        return ("survivors", "muted")
+
 
 class PLD(Defense):
     """Zeroes the columns of low-scoring features in the first fully connected layer's weight gradient.

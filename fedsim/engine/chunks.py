@@ -5,16 +5,27 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.nn import functional as F
 
+from fedsim.attacks import strategies
 from fedsim.defenses.base import Public
 from fedsim.engine.session import Session
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import Indices, as_tensor
 from fedsim.learning.training import LocalResult
-from fedsim.privacy.observation import ONE_STEP, LocalTraining, Observation, Payload, Reconstruction, Victim
+from fedsim.privacy.observation import (
+    ONE_STEP,
+    Adversary,
+    Knowledge,
+    LocalTraining,
+    Observation,
+    Payload,
+    Reconstruction,
+    Victim,
+)
 from fedsim.randomness import Purpose
 
 EVALUATION_BATCH = 500
@@ -59,6 +70,8 @@ class AttackJob:
         labels: The victims' labels [N, B], only for an attack that is assumed to know them.
         seeds: One seed a victim.
         local: The local training behind each gradient.
+        adversary: What the attacker knows of the defense.
+        strategy: What it makes of that; "" is the plain attack.
     """
 
     attack: int
@@ -66,6 +79,8 @@ class AttackJob:
     labels: Indices | None
     seeds: tuple[int, ...]
     local: LocalTraining = ONE_STEP
+    adversary: Adversary = "naive"
+    strategy: str = ""
 
     def select(self, victims: slice) -> "AttackJob":
         """Return the job for some of the victims."""
@@ -162,7 +177,17 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
     batches = [schedule[0] for schedule in schedules]
     context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
     protected = session.defense.protect(updates, context)
-    return Payload(session.aggregation.visible(protected).detach().cpu().numpy(), statistics.cpu().numpy())
+    # A context of its own: its streams start afresh, so that the same draws are made again.
+    secrets = session.defense.secrets(
+        session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
+    )
+    return Payload(
+        session.aggregation.visible(protected).detach().cpu().numpy(),
+        statistics.cpu().numpy(),
+        _repeats(session, weights, public, round_, victims, updates),
+        {name: tensor.cpu().numpy() for name, tensor in public.items()},
+        {name: tensor.cpu().numpy() for name, tensor in secrets.items()},
+    )
 
 
 def _batch_gradients(session: Session, weights: Tensor, batches: list[Indices]) -> tuple[Tensor, Tensor]:
@@ -182,10 +207,42 @@ def _batch_gradients(session: Session, weights: Tensor, batches: list[Indices]) 
     return torch.stack(gradients), torch.stack(statistics)
 
 
-def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> Reconstruction:
-    """Attack the victims of `payload`, whose gradients were taken at `weights` [d]."""
-    observation = _observation(session, weights, payload, job)
-    return session.spec.config.attacks[job.attack].build().reconstruct(observation).cpu()
+def _repeats(
+    session: Session,
+    weights: Tensor,
+    public: Public,
+    round_: int,
+    victims: tuple[Victim, ...],
+    gradients: Tensor,
+) -> NDArray[np.float32]:
+    """Return the victims' gradients [N, d] protected again with fresh draws, shape [N, R − 1, d]."""
+    repeats = session.spec.config.audit.observations - 1
+    seen = gradients.new_empty(len(gradients), repeats, gradients.shape[1])
+    for repeat in range(repeats):
+        streams = [victim.stream * repeats + repeat for victim in victims]
+        batches = [np.split(victim.images, victim.steps)[0] for victim in victims]
+        context = session.client_context(
+            weights, public, batches, Purpose.PROBE_REPEATS, round_, streams, local_steps=victims[0].steps
+        )
+        seen[:, repeat] = session.aggregation.visible(session.defense.protect(gradients, context))
+    return np.asarray(seen.detach().cpu().numpy(), dtype=np.float32)
+
+
+def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> tuple[Reconstruction, Payload]:
+    """Attack the victims of `payload`, whose gradients were taken at `weights` [d].
+
+    Returns:
+        What was found, and the payload as the job's strategy saw it: the loss is measured on that.
+    """
+    attack = session.spec.config.attacks[job.attack].build()
+    observation = strategies.apply(job.strategy, _observation(session, weights, payload, job), attack)
+    seen = replace(
+        payload,
+        gradients=observation.gradients.cpu().numpy(),
+        trust=None if observation.trust is None else observation.trust.cpu().numpy(),
+        repeats=None,
+    )
+    return attack.reconstruct(observation).cpu(), seen
 
 
 def matching_loss(
@@ -209,6 +266,20 @@ def _observation(session: Session, weights: Tensor, payload: Payload, job: Attac
         labels=None if job.labels is None else as_tensor(job.labels, device),
         seeds=job.seeds,
         local=job.local,
+        trust=None if payload.trust is None else as_tensor(payload.trust, device),
+        knowledge=None if job.adversary == "naive" else _knowledge(session, payload, job),
+    )
+
+
+def _knowledge(session: Session, payload: Payload, job: AttackJob) -> Knowledge:
+    """Return what an adversary who is not naive knows; the secrets are for the oracle."""
+    secrets = payload.secrets if job.adversary == "oracle" else {}
+    repeats = payload.gradients[:, None][:, :0] if payload.repeats is None else payload.repeats
+    return Knowledge(
+        session.spec.config.defense,
+        {name: as_tensor(array, session.device) for name, array in payload.public.items()},
+        {name: as_tensor(array, session.device) for name, array in secrets.items()},
+        as_tensor(repeats, session.device),
     )
 
 

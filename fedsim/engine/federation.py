@@ -125,11 +125,16 @@ class Federation:
         payload: Payload = self._gather("probe", calls, "a probe")[0]
         return payload
 
-    def attack(self, payload: Payload, job: AttackJob) -> Reconstruction:
-        """Attack the victims of `payload`, taken at the present weights, in shards on all workers."""
+    def attack(self, payload: Payload, job: AttackJob) -> tuple[Reconstruction, Payload]:
+        """Attack the victims of `payload`, taken at the present weights, in shards on all workers.
+
+        Returns:
+            What was found, and the payload as the job's strategy saw it.
+        """
         shards = self._shards(job)
         calls = [(self._handle, self._output.weights, payload.select(part), job.select(part)) for part in shards]
-        return Reconstruction.join(self._gather("attack", calls, "an attack"))
+        parts = self._gather("attack", calls, "an attack")
+        return Reconstruction.join([found for found, _ in parts]), Payload.join([seen for _, seen in parts])
 
     def matching_loss(self, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor) -> Tensor | None:
         """Return the attack's loss at the private images [N, B, C, H, W], shape [N]; None if it has none."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.actor import ActorHandle
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
@@ -41,8 +41,52 @@ def check_address(address: str) -> None:
         raise ConfigError(f"no Ray runtime at {address}: {error.strerror or error}") from error
 
 
+class Cluster:
+    """Ray itself: a private one on this machine, or a connection to one that runs; use it as a context manager."""
+
+    def __init__(self, address: str | None = None, cpus: int = 0) -> None:
+        """Connect to the cluster at `address`, or start a private Ray with at least `cpus` CPUs.
+
+        Raises:
+            ConfigError: If the cluster cannot be reached.
+        """
+        self._temporary: str | None = None
+        common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
+        if address is not None:
+            check_address(address)
+        else:
+            self._temporary = tempfile.mkdtemp(prefix="fedsim-")
+            common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
+        try:
+            ray.init(address=address or "local", namespace="fedsim", **common)
+        except Exception as error:  # Ray raises a bare Exception when its processes are slow to start
+            self.close()
+            where = address or "this machine"
+            raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
+
+    def close(self) -> None:
+        """Stop the private Ray and remove its files, or leave the cluster."""
+        ray.shutdown()
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+
+    def __enter__(self) -> "Cluster":
+        """Return the cluster itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
 class Runtime:
-    """A Ray runtime with its worker pool; use it as a context manager.
+    """A worker pool and a parameter server on Ray; use it as a context manager.
 
     Attributes:
         pool: The workers.
@@ -50,14 +94,15 @@ class Runtime:
     """
 
     def __init__(self, config: RuntimeConfig, address: str | None = None) -> None:
-        """Connect to the cluster at `address`, or start a private Ray on this machine.
+        """Start the actors on the Ray that this process is part of, the cluster at `address`, or a private Ray.
 
         Raises:
             ConfigError: If the cluster cannot be reached or has not the resources for one worker.
         """
-        self._temporary: str | None = None
         self._config = config
-        self._start(address)
+        self._actors: list[ActorHandle] = []
+        wanted = 0 if config.workers == "auto" else config.workers
+        self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
             gpus = ray.cluster_resources().get("GPU", 0)
             resources: dict[str, Any] = {"num_cpus": 1}
@@ -68,8 +113,10 @@ class Runtime:
             worker = ray.remote(ClientWorker).options(**restart, **resources)
             server = ray.remote(ParameterServer).options(**restart, num_cpus=0)
             paths = [os.getcwd(), *sys.path]
-            self.pool = WorkerPool([worker.remote(paths) for _ in range(count)])
+            workers = [worker.remote(paths) for _ in range(count)]
             self.server = server.remote(paths)
+            self._actors += [*workers, self.server]
+            self.pool = WorkerPool(workers)
         except BaseException:
             self.close()
             raise
@@ -81,22 +128,9 @@ class Runtime:
             self._puts[key] = ray.put(value)
         return self._puts[key]
 
-    def _start(self, address: str | None) -> None:
-        cpus = local_cpus()
-        common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
-        if address is not None:
-            check_address(address)
-        else:
-            wanted = self._config.workers
-            self._temporary = tempfile.mkdtemp(prefix="fedsim-")
-            common["_temp_dir"] = self._temporary
-            common["num_cpus"] = cpus if wanted == "auto" else max(cpus, wanted)
-        try:
-            ray.init(address=address or "local", namespace="fedsim", **common)
-        except (RayError, ConnectionError, ValueError, RuntimeError) as error:
-            self.close()
-            where = address or "this machine"
-            raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
+    def share(self, key: str, reference: Any) -> None:
+        """Let `put` of `key` return a reference that somebody else has put."""
+        self._puts[key] = reference
 
     def _worker_count(self, gpus: float) -> int:
         if self._config.workers != "auto":
@@ -106,11 +140,12 @@ class Runtime:
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def close(self) -> None:
-        """Stop the actors, the private runtime and its files."""
-        ray.shutdown()
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        """Stop the actors, and the private Ray if this runtime started one."""
+        if self._cluster:
+            self._cluster.close()
+            return
+        for actor in self._actors:
+            ray.kill(actor)
 
     def __enter__(self) -> "Runtime":
         """Return the runtime itself."""

@@ -62,7 +62,9 @@ class ClientWorker:
         session = self._session(handle)
         return chunks.evaluate(session, self._tensor(weights), self._tensor(statistics), start, stop)
 
-    def attack(self, handle: Handle, weights: Array, payload: Payload, job: AttackJob) -> Reconstruction:
+    def attack(
+        self, handle: Handle, weights: Array, payload: Payload, job: AttackJob
+    ) -> tuple[Reconstruction, Payload]:
         """See `chunks.attack`."""
         return chunks.attack(self._session(handle), self._tensor(weights), payload, job)
 

@@ -27,6 +27,7 @@ class AuditRow:
     Attributes:
         attack: Label of the attack.
         adversary: What the attacker knew of the defense.
+        strategy: What it made of that; "" is the plain attack.
         round: Round before which the victim was attacked.
         victim: Number of the victim in the audit.
         client: The victim's client number.
@@ -45,6 +46,7 @@ class AuditRow:
 
     attack: str
     adversary: str
+    strategy: str
     round: int
     victim: int
     client: int
@@ -136,6 +138,7 @@ def score(
     victims: Sequence[Victim],
     attack: str,
     adversary: str,
+    strategy: str,
     round_: int,
 ) -> list[AuditRow]:
     """Score what an attack returned: one row an image."""
@@ -146,6 +149,7 @@ def score(
         AuditRow(
             attack=attack,
             adversary=adversary,
+            strategy=strategy,
             round=round_,
             victim=row.victim,
             client=victims[row.victim].client,

@@ -1,13 +1,20 @@
 """What an honest-but-curious server saw of its victims: the whole input of an attack."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.defenses.base import DefenseSettings
 from fedsim.learning.models import Model
+
+Adversary = Literal["naive", "adaptive", "oracle"]
+"""What the attacker knows of the defense: not that there is one; the scheme and its public parameters; also what
+was drawn in secret this round, an upper bound for any attacker who infers it."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,64 @@ class Victim:
 
 @dataclass(frozen=True)
 class Payload:
-    """What N victims sent: gradients [N, d] and batch-norm statistics [N, b], as the server sees them."""
+    """What N victims sent, as the server sees it, and what the audit knows of the defense at that moment.
+
+    Attributes:
+        gradients: Shape [N, d].
+        statistics: Batch-norm statistics, shape [N, b].
+        repeats: The same gradients protected R − 1 times more, with fresh draws, shape [N, R − 1, d].
+        public: What the defense published for the round.
+        secrets: What it drew in secret, each with a leading dimension N: for the oracle alone.
+        trust: How much each entry counts in matching, shape [N, d]; None: all alike.
+    """
 
     gradients: NDArray[np.float32]
     statistics: NDArray[np.float32]
+    repeats: NDArray[np.float32] | None = None
+    public: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    secrets: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    trust: NDArray[np.float32] | None = None
+
+    @classmethod
+    def join(cls, parts: "list[Payload]") -> "Payload":
+        """Put the payloads of several shards of victims one after the other; they have no repeats any more."""
+        first = parts[0]
+        return cls(
+            np.concatenate([part.gradients for part in parts]),
+            np.concatenate([part.statistics for part in parts]),
+            None,
+            first.public,
+            {name: np.concatenate([part.secrets[name] for part in parts]) for name in first.secrets},
+            None if first.trust is None else np.concatenate([t for p in parts if (t := p.trust) is not None]),
+        )
 
     def select(self, victims: slice) -> "Payload":
         """Return the payload of some of the victims."""
-        return Payload(self.gradients[victims], self.statistics[victims])
+        return Payload(
+            self.gradients[victims],
+            self.statistics[victims],
+            None if self.repeats is None else self.repeats[victims],
+            self.public,
+            {name: array[victims] for name, array in self.secrets.items()},
+            None if self.trust is None else self.trust[victims],
+        )
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What an adversary who is not naive knows of the defense.
+
+    Attributes:
+        defense: The scheme and its parameters.
+        public: What it published for the round.
+        secrets: What it drew in secret, each with a leading dimension N; empty for all but the oracle.
+        repeats: What the victims sent in other rounds at the same weights, shape [N, R − 1, d].
+    """
+
+    defense: DefenseSettings
+    public: Mapping[str, Tensor]
+    secrets: Mapping[str, Tensor]
+    repeats: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +126,9 @@ class Observation:
         seeds: One seed a victim, for the attack's own random draws, length N: a victim is attacked alike
             whichever others are attacked beside it.
         local: The local training behind each gradient.
+        trust: How much each entry of the gradients counts in matching, shape [N, d]: the attacker's own
+            judgement of what the defense left intact. None: all alike.
+        knowledge: What the adversary knows of the defense; None for the naive one.
     """
 
     model: Model
@@ -79,6 +139,8 @@ class Observation:
     labels: Tensor | None
     seeds: tuple[int, ...]
     local: LocalTraining = ONE_STEP
+    trust: Tensor | None = None
+    knowledge: Knowledge | None = None
 
     @property
     def victims(self) -> int:
@@ -93,7 +155,14 @@ class Observation:
             statistics=self.statistics[victims],
             labels=None if self.labels is None else self.labels[victims],
             seeds=self.seeds[victims],
+            trust=None if self.trust is None else self.trust[victims],
+            knowledge=self.knowledge and self._knowledge_of(victims),
         )
+
+    def _knowledge_of(self, victims: slice) -> Knowledge:
+        assert self.knowledge
+        secrets = {name: tensor[victims] for name, tensor in self.knowledge.secrets.items()}
+        return replace(self.knowledge, secrets=secrets, repeats=self.knowledge.repeats[victims])
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,28 @@ KEY = CellKey("dga", "digits", "gc", 3)
 def finished_cell(folder: RunFolder) -> SimulationResult:
     rows = [
         AuditRow(
-            "dlg", "naive", 0, victim, victim, 0, 7, 40.0 + victim, 0.9, False, 1e-6, 0.0, 300, False, False, 1.0
+            "dlg",
+            "naive",
+            "",
+            0,
+            victim,
+            victim,
+            0,
+            7,
+            40.0 + victim,
+            0.9,
+            False,
+            1e-6,
+            0.0,
+            300,
+            False,
+            False,
+            1.0,
         )
         for victim in range(2)
     ]
     images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 1, 1, 8, 8)
-    audit = AuditResult("dlg", "naive", 0, rows, images, images[::-1].copy())
+    audit = AuditResult("dlg", "naive", "", 0, rows, images, images[::-1].copy())
     config = ExperimentConfig(name=str(KEY), seed=KEY.seed)
     summary = {"name": str(KEY), "seed": KEY.seed, "dataset": "digits", "ACC": 0.8, "ART": 0.1, "rounds": 2}
     summary |= {"audits": [asdict(row) for row in rows], "floors": FLOORS, "versions": {}, "hardware": {}}

@@ -9,7 +9,7 @@ from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
 from fedsim.privacy import audit
-from fedsim.privacy.observation import Observation, Payload, Reconstruction, Victim
+from fedsim.privacy.observation import Knowledge, Observation, Payload, Reconstruction, Victim
 from fedsim.results import AuditResult, RunFolder
 from fedsim.simulation import prepare
 from tests.conftest import small_experiment
@@ -73,15 +73,27 @@ def test_an_observation_has_no_room_for_ground_truth() -> None:
         "statistics",
         "labels",
         "seeds",
+        "trust",  # made by the attacker
+        "knowledge",  # None for the naive adversary
     }
-    assert {field.name for field in fields(Payload)} == {"gradients", "statistics"}
+    # The scheme and what it publishes are known to the adaptive adversary; draws are for the oracle alone, which
+    # tests/engine/test_chunks.py sees to; repeats were sent as the gradients were.
+    assert {field.name for field in fields(Knowledge)} == {"defense", "public", "secrets", "repeats"}
+    assert {field.name for field in fields(Payload)} == {
+        "gradients",
+        "statistics",
+        "repeats",
+        "public",
+        "secrets",
+        "trust",
+    }
 
 
 def test_scores_name_victims_and_images(digits: Dataset) -> None:
     victims = [Victim(4, np.array([3, 8]), 0), Victim(9, np.array([20, 1]), 1)]
     truth = audit.GroundTruth.of(ImageStore.of(digits.train_images, digits.train_labels, "cpu"), victims)
     found = reconstruction(truth.images.flip(1), [0.0, 0.0])
-    rows = audit.score(truth, found, None, victims, "dlg", "naive", 5)
+    rows = audit.score(truth, found, None, victims, "dlg", "naive", "", 5)
     assert [(r.victim, r.client, r.image) for r in rows] == [(0, 4, 0), (0, 4, 1), (1, 9, 0), (1, 9, 1)]
     assert all(r.capped and r.PSNR == 100 and r.round == 5 and r.seconds == 0.5 for r in rows)
     assert [r.label for r in rows] == [int(digits.train_labels[i]) for i in (3, 8, 20, 1)]
@@ -118,16 +130,17 @@ def test_floors_are_those_of_blind_guesses(digits: Dataset) -> None:
 def test_an_audit_comes_back_from_its_files(tmp_path: Path, digits: Dataset) -> None:
     victims = [Victim(4, np.array([3]), 0)]
     truth = audit.GroundTruth.of(ImageStore.of(digits.train_images, digits.train_labels, "cpu"), victims)
-    rows = audit.score(truth, reconstruction(truth.images, [0.0]), None, victims, "dlg", "naive", 0)
+    rows = audit.score(truth, reconstruction(truth.images, [0.0]), None, victims, "dlg", "naive", "", 0)
     pictures = audit.as_bytes(truth.images)
-    saved = AuditResult("dlg", "naive", 0, rows, pictures, pictures)
+    saved = AuditResult("dlg", "naive", "", 0, rows, pictures, pictures)
     folder = RunFolder(tmp_path)
     folder.save_audit(saved)
-    found = folder.load_audit("dlg", "naive", 0)
+    found = folder.load_audit("dlg", "naive", "", 0)
     assert found is not None
     assert found.rows == rows
     assert np.array_equal(found.originals, pictures)
-    assert folder.load_audit("gia", "naive", 0) is None
+    assert folder.load_audit("gia", "naive", "", 0) is None
+    assert folder.load_audit("dlg", "adaptive", "slices", 0) is None
 
 
 def test_pictures_are_clamped_and_finite() -> None:

@@ -1,0 +1,192 @@
+"""What attackers do who know the defense: each strategy turns what was seen into what is worth matching.
+
+A strategy returns the observation with cleaner gradients, with `trust` in its entries, or both; the attack then
+goes on as ever. Its result is judged against the private images under that same observation.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from fedsim.attacks.base import Attack
+from fedsim.attacks.gradient_matching import Autodiff, SliceError
+from fedsim.attacks.labels import one_hot
+from fedsim.defenses.base import DefenseSettings
+from fedsim.defenses.denoising import marchenko_pastur_denoise
+from fedsim.errors import ConfigError
+from fedsim.privacy.observation import Adversary, Knowledge, Observation
+
+Strategy = Callable[[Observation, Knowledge, Attack], Observation]
+
+
+def survivors(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Compare only the entries that are not exactly zero: what was pruned is known to be wrong."""
+    return _trusting(observation, (observation.gradients != 0).to(observation.gradients))
+
+
+def thresholds(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Compare what survived, and let a pruned entry count a little: its true value is known to be small.
+
+    A pruned entry lies anywhere between ± the smallest survivor τ of its parameter: its variance is τ²/3 for a
+    uniform draw, beside that of the survivors, which are exact up to a hundredth of τ.
+    """
+    gradients = observation.gradients
+    trust = torch.empty_like(gradients)
+    for part, weight in zip(
+        gradients.split(observation.model.layout.sizes, 1),
+        trust.split(observation.model.layout.sizes, 1),
+        strict=True,
+    ):
+        weight.copy_(torch.where(part != 0, 1.0, PRUNED_TRUST))
+    return _trusting(observation, trust)
+
+
+PRUNED_TRUST = 3e-4
+"""Squared share of τ to which survivors count as exact (1e-4), over the variance τ²/3 of a pruned entry."""
+
+
+def muted(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave out every parameter that holds exact zeros: the observation itself betrays the defended layer."""
+    trust = torch.ones_like(observation.gradients)
+    sizes = observation.model.layout.sizes
+    for part, weight in zip(observation.gradients.split(sizes, 1), trust.split(sizes, 1), strict=True):
+        weight *= (part != 0).all(1, keepdim=True)
+    if not bool(trust.any(1).all()):
+        raise ConfigError("muted: every parameter holds zeros, so nothing would be left to match")
+    return _trusting(observation, trust)
+
+
+def slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Find the k noisy slices as those that the best-matching image leaves the largest residuals in.
+
+    The image is searched with `SliceError`, which needs neither the slices nor the strength of the noise.
+    """
+    bounds = knowledge.public["slice_bounds"].tolist()
+    found = attack.matching(partial(SliceError, bounds=tuple(bounds))).reconstruct(observation)
+    p = one_hot(found.labels, observation.model.classes, observation.weights)
+    gradients, _ = Autodiff(observation.model, observation.weights).gradients(found.images.to(p), p)
+    widths = torch.tensor(bounds, device=gradients.device).diff()
+    residuals = (gradients - observation.gradients).square()
+    means = torch.stack([part.mean(1) for part in residuals.split(widths.tolist(), 1)], 1)
+    # An empty slice holds nothing to tell noisy from clean.
+    means = means.nan_to_num(nan=-1.0)
+    noisy = means.topk(getattr(knowledge.defense, "perturbed"), dim=1).indices  # noqa: B009
+    selected = torch.zeros_like(means, dtype=torch.bool).scatter_(1, noisy, True)
+    return _without_slices(observation, selected, widths)
+
+
+def told_slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave out the slices that the oracle was told."""
+    widths = knowledge.public["slice_bounds"].to(observation.weights.device).diff()
+    return _without_slices(observation, knowledge.secrets["selected"], widths)
+
+
+def denoise(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Clean each gradient first, as the server cleans the aggregate: drop what noise alone would produce."""
+    std = _noise_std(knowledge.defense)
+    cleaned = [marchenko_pastur_denoise(gradient, std) for gradient in observation.gradients]
+    return replace(observation, gradients=torch.stack(cleaned))
+
+
+def average(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Average what each victim sent over all rounds at these weights: independent noise averages out."""
+    repeats = knowledge.repeats
+    total = observation.gradients + repeats.sum(1)
+    return replace(observation, gradients=total / (1 + repeats.shape[1]))
+
+
+def agreement(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Take each slice from two rounds that agree on it to the bit: neither has perturbed it; leave out the others.
+
+    At constant weights a victim's gradient is the same every round, so a slice that was left alone twice shows. Of
+    R rounds that leave a slice alone with probability 1 − k/n each, two or more do almost surely as R grows.
+    """
+    every = torch.cat([observation.gradients[:, None], knowledge.repeats], 1)
+    widths = knowledge.public["slice_bounds"].diff().tolist()
+    clean, trust = observation.gradients.clone(), torch.zeros_like(observation.gradients)
+    for part, kept, weight in zip(
+        every.split(widths, 2), clean.split(widths, 1), trust.split(widths, 1), strict=True
+    ):
+        same = (part[:, :, None] == part[:, None]).all(-1).sum(2) > 1
+        found, first = same.max(1)
+        kept.copy_(torch.where(found[:, None], part[torch.arange(len(part)), first], kept))
+        weight.copy_(found[:, None].expand_as(weight))
+    trust = torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust))
+    return replace(observation, gradients=clean, trust=trust)
+
+
+def likelihood(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Trust each parameter by how far it stands above noise of a strength that is known: ‖t‖² − d·σ² over ‖t‖².
+
+    Source: the Wiener filter's gain, one for each parameter.
+    """
+    variance = _noise_std(knowledge.defense) ** 2
+    sizes = observation.model.layout.sizes
+    powers = [part.square().mean(1, keepdim=True) for part in observation.gradients.split(sizes, 1)]
+    gains = [(1 - variance / power.clamp_min(torch.finfo(power.dtype).tiny)).clamp_min(0) for power in powers]
+    trust = torch.cat([gain.expand(-1, size) for gain, size in zip(gains, sizes, strict=True)], 1)
+    # Where nothing stands out, all that is left is to match everything.
+    return _trusting(observation, torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust)))
+
+
+REPEATED = frozenset({"average", "agreement"})
+"""Strategies that need several rounds at the same weights."""
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {
+        "survivors": survivors,
+        "thresholds": thresholds,
+        "muted": muted,
+        "slices": slices,
+        "told_slices": told_slices,
+        "denoise": denoise,
+        "average": average,
+        "agreement": agreement,
+        "likelihood": likelihood,
+    }
+)
+
+
+def strategies_of(defense: DefenseSettings, adversary: Adversary, repeats: int) -> tuple[str, ...]:
+    """Return the strategies that an adversary adds to those of the others who know less; "" is the plain attack.
+
+    Whoever knows more can also do what the others do: tables show the best of all that an adversary can do.
+
+    Args:
+        defense: The scheme.
+        adversary: What the attacker knows.
+        repeats: Rounds at the same weights in which the attacker sees each victim.
+    """
+    if adversary == "naive":
+        return ("",)
+    names = defense.strategies() if adversary == "adaptive" else defense.oracle_strategies()
+    return tuple(name for name in names if name not in REPEATED or repeats > 1)
+
+
+def apply(name: str, observation: Observation, attack: Attack) -> Observation:
+    """Return what a strategy makes of an observation; the plain attack's is left as it is."""
+    if not name:
+        return observation
+    assert observation.knowledge
+    return STRATEGIES[name](observation, observation.knowledge, attack)
+
+
+def _trusting(observation: Observation, trust: Tensor) -> Observation:
+    return replace(observation, trust=trust)
+
+
+def _without_slices(observation: Observation, selected: Tensor, widths: Tensor) -> Observation:
+    """Trust the slices that are not `selected` [N, n]; one that is all noise is matched as it is."""
+    trust = (~selected).to(observation.gradients).repeat_interleave(widths, 1)
+    return _trusting(observation, torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust)))
+
+
+def _noise_std(defense: DefenseSettings) -> float:
+    """Return the standard deviation of the noise in one entry of what a client sends."""
+    sigma = float(getattr(defense, "sigma"))  # noqa: B009
+    share = getattr(defense, "perturbed", 1) / getattr(defense, "slices", 1)
+    return float(sigma * share**0.5)

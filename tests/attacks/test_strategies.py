@@ -1,0 +1,206 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.attacks.dlg import DLGConfig
+from fedsim.attacks.gia import GIAConfig
+from fedsim.attacks.gradient_matching import CosineDistance, GradientMatching, SliceError, SquaredError, Targets
+from fedsim.attacks.strategies import REPEATED, STRATEGIES, apply, strategies_of
+from fedsim.config import parse_config
+from fedsim.defenses.base import ClientContext, DefenseSettings
+from fedsim.defenses.dp import GaussianConfig
+from fedsim.defenses.gc import GradientCompressionConfig
+from fedsim.defenses.graddefense import GradDefenseConfig
+from fedsim.errors import ConfigError
+from fedsim.privacy.metrics import score
+from fedsim.privacy.observation import Knowledge, Observation
+from tests.attacks.problems import generator, lenet, observe, rand, victims
+
+BOUNDS = (0, 40, 300, 700, 1000)
+
+
+def known(observation: Observation, settings: DefenseSettings, **public: Tensor) -> Observation:
+    """The observation of an adversary who knows the scheme and sees every victim once."""
+    none = observation.gradients[:, None][:, :0]
+    return replace(observation, knowledge=Knowledge(settings, public, {}, none))
+
+
+def defended(
+    settings: DefenseSettings, count: int = 3, observations: int = 1, init: str = "default"
+) -> tuple[Tensor, Observation, dict[str, Tensor]]:
+    """Images, what an adaptive adversary sees of them under a defense, and what the defense drew in secret."""
+    model = lenet(init)
+    images, labels = victims(count)
+    clean = observe(model, images, labels, know_labels=True)
+    defense = settings.build()
+    sizes = torch.tensor(model.layout.sizes)
+    public = {"slice_bounds": torch.arange(11) * int(sizes.sum()) // 10}
+    seen = []
+    for number in range(observations):
+        context = _context(model, clean, public, number)
+        seen.append(defense.protect(clean.gradients, context))
+    secrets = defense.secrets(_context(model, clean, public, 0))
+    knowledge = Knowledge(settings, public, {}, torch.stack(seen[1:] or [seen[0][:0]], 1)[:, : observations - 1])
+    if observations == 1:
+        knowledge = replace(knowledge, repeats=seen[0][:, None][:, :0])
+    return images, replace(clean, gradients=seen[0], knowledge=knowledge), secrets
+
+
+def _context(model: Any, clean: Observation, public: dict[str, Tensor], number: int) -> ClientContext:
+    generators = [generator(1000 * number + victim) for victim in range(clean.victims)]
+    return ClientContext(model, clean.weights, [], generators, public)
+
+
+def psnr(images: Tensor, observation: Observation, strategy: str, iterations: int = 400) -> float:
+    attack = GIAConfig(iterations=iterations).build()
+    found = attack.reconstruct(apply(strategy, observation, attack)).images
+    return sum(row.PSNR for row in score(images, found)) / len(images)
+
+
+@pytest.mark.parametrize("distance", [SquaredError, CosineDistance])
+def test_trust_weighs_the_squares_of_every_distance(distance: Any) -> None:
+    model = lenet()
+    images, labels = victims(2)
+    observation = observe(model, images, labels)
+    trust = rand(2, model.layout.dimension, seed=3)
+    guess, p = rand(2, 1, 1, 16, 16, seed=4), torch.full((2, 1, 10), 0.1)
+    everyone = torch.arange(2)
+    plain = GradientMatching(observation, distance)
+    gradients, _ = plain.engine.gradients(guess, p)
+    scaled = [values * trust.sqrt() for values in (gradients, observation.gradients)]
+    expected, _ = distance(Targets(scaled[1], model.layout.sizes))(scaled[0], everyone)
+    matching = GradientMatching(replace(observation, trust=trust), distance)
+    found = matching(guess, p, everyone)
+    torch.testing.assert_close(found.loss, expected)
+    step = 1e-2 * rand(2, 1, 1, 16, 16, seed=5)
+    rise = (matching(guess + step, p, everyone).loss - matching(guess - step, p, everyone).loss) / 2
+    torch.testing.assert_close(rise, (found.by_images * step).flatten(1).sum(1), rtol=2e-2, atol=1e-7)
+
+
+def test_the_slice_error_is_the_product_of_the_slices_errors() -> None:
+    targets, gradients = rand(2, 1000, seed=1, dtype=torch.float64), rand(2, 1000, seed=2, dtype=torch.float64)
+    distance = SliceError(Targets(targets, (1000,)), BOUNDS)
+    inputs = gradients.clone().requires_grad_()
+    expected = torch.ones(2, dtype=torch.float64)
+    for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False):
+        residual = (inputs[:, start:stop] - targets[:, start:stop]).square().sum(1)
+        relative = residual / targets[:, start:stop].square().sum(1)
+        expected = expected * relative ** ((stop - start) / 1000)
+    (by_gradients,) = torch.autograd.grad(expected.sum(), inputs)
+    loss, slope = distance(gradients, torch.arange(2))
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(slope, by_gradients)
+    at_zero, _ = distance(torch.zeros(2, 1000, dtype=torch.float64), torch.arange(2))
+    torch.testing.assert_close(at_zero, torch.ones(2, dtype=torch.float64))
+
+
+def test_an_exact_match_has_a_finite_slice_error() -> None:
+    targets = rand(1, 1000)
+    loss, slope = SliceError(Targets(targets, (1000,)), BOUNDS)(targets.clone(), torch.zeros(1, dtype=torch.long))
+    assert torch.isfinite(loss).all() and torch.isfinite(slope).all() and float(loss) < 1e-6
+
+
+def test_the_noisy_slices_are_named_and_left_out() -> None:
+    settings = GradDefenseConfig(sigma=0.02)
+    _, observation, secrets = defended(settings)
+    attack = GIAConfig(iterations=300).build()
+    inferred = apply("slices", observation, attack).trust
+    told = replace(observation, knowledge=replace(observation.knowledge, secrets=secrets))  # type: ignore[type-var]
+    assert inferred is not None
+    assert torch.equal(inferred, apply("told_slices", told, attack).trust)
+    widths = observation.knowledge.public["slice_bounds"].diff()  # type: ignore[union-attr]
+    assert torch.equal(inferred == 0, secrets["selected"].repeat_interleave(widths, 1))
+
+
+def test_who_knows_more_does_no_worse_and_beats_the_naive_attack() -> None:
+    images, observation, secrets = defended(GradDefenseConfig(sigma=0.02))
+    told = replace(observation, knowledge=replace(observation.knowledge, secrets=secrets))  # type: ignore[type-var]
+    naive, adaptive, oracle = psnr(images, observation, ""), psnr(images, observation, "slices"), 0.0
+    oracle = psnr(images, told, "told_slices")
+    assert adaptive > naive + 10
+    assert oracle > adaptive - 1
+
+
+def test_pruned_entries_are_left_out_and_no_others() -> None:
+    images, observation, _ = defended(GradientCompressionConfig(prune=0.3))
+    seen = apply("survivors", observation, GIAConfig().build())
+    assert seen.trust is not None
+    assert torch.equal(seen.trust, (observation.gradients != 0).float())
+    assert psnr(images, observation, "survivors") > psnr(images, observation, "") + 10
+    soft = apply("thresholds", observation, GIAConfig().build()).trust
+    assert soft is not None and torch.equal(soft == 1, seen.trust == 1) and float(soft.min()) > 0
+
+
+def test_a_layer_that_betrays_itself_by_zeros_is_muted() -> None:
+    model = lenet()
+    images, labels = victims(2)
+    observation = observe(model, images, labels)
+    gradients = observation.gradients.clone()
+    model.layout.views(gradients)["fc.weight"][:, :, 5] = 0
+    seen = apply("muted", known(replace(observation, gradients=gradients), DLGConfig), DLGConfig().build())  # type: ignore[arg-type]
+    views = model.layout.views(seen.trust)  # type: ignore[arg-type]
+    assert {name: float(view.unique().item()) for name, view in views.items()} == {
+        name: float(name != "fc.weight") for name in views
+    }
+    nothing = known(replace(observation, gradients=torch.zeros_like(gradients)), DLGConfig)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="nothing would be left"):
+        apply("muted", nothing, DLGConfig().build())
+
+
+def test_slices_that_two_rounds_agree_on_are_the_clean_gradient() -> None:
+    settings = GradDefenseConfig(sigma=0.5)
+    _, observation, _ = defended(settings, observations=6)
+    clean = observe(lenet(), *victims(3))
+    seen = apply("agreement", observation, GIAConfig().build())
+    assert seen.trust is not None
+    trusted = seen.trust == 1
+    assert torch.equal(seen.gradients[trusted], clean.gradients[trusted])
+    assert float(trusted.float().mean()) > 0.7, "of 6 rounds at 1/2, two or more leave a slice alone with 0.89"
+
+
+def test_noise_averages_out_over_rounds() -> None:
+    settings = GaussianConfig(sigma=0.1)
+    _, observation, _ = defended(settings, observations=25)
+    clean = observe(lenet(), *victims(3)).gradients
+    once, often = (
+        (gradients - clean).square().mean().sqrt()
+        for gradients in (observation.gradients, apply("average", observation, GIAConfig().build()).gradients)
+    )
+    assert float(once) == pytest.approx(0.1, rel=0.05) and float(often) == pytest.approx(0.02, rel=0.05)
+
+
+def test_parameters_below_the_noise_are_not_trusted() -> None:
+    images, observation, _ = defended(GaussianConfig(sigma=0.01))
+    seen = apply("likelihood", observation, GIAConfig().build())
+    assert seen.trust is not None
+    means = [float(view.mean()) for view in observation.model.layout.views(seen.trust).values()]
+    signal = observe(lenet(), *victims(3)).gradients
+    strong = [float(v.square().mean()) > 1e-3 for v in observation.model.layout.views(signal).values()]
+    assert [mean > 0.8 for mean in means] == strong and min(means) < 0.2
+
+
+def test_each_adversary_has_its_strategies() -> None:
+    graddefense, gc = GradDefenseConfig(), GradientCompressionConfig()
+    assert strategies_of(graddefense, "naive", 4) == ("",)
+    assert strategies_of(graddefense, "adaptive", 1) == ("slices", "denoise")
+    assert set(strategies_of(graddefense, "adaptive", 2)) == {"slices", "denoise", *REPEATED}
+    assert strategies_of(graddefense, "oracle", 1) == ("told_slices",)
+    assert strategies_of(gc, "oracle", 1) == (), "the zeros tell all there is to tell"
+
+
+@pytest.mark.parametrize("name", ["none", "graddefense", "gc", "dp_gaussian", "dp_laplacian", "pld"])
+def test_every_strategy_that_a_defense_names_exists(name: str) -> None:
+    settings = parse_config({"defense": {"name": name}}).defense
+    assert {*settings.strategies(), *settings.oracle_strategies()} <= set(STRATEGIES)
+
+
+def test_dlg_infers_slices_with_labels_unknown() -> None:
+    _, observation, secrets = defended(GradDefenseConfig(sigma=1.0), count=2, init="uniform")
+    attack = DLGConfig(iterations=300).build()
+    seen = apply("slices", replace(observation, labels=None), attack)
+    widths = observation.knowledge.public["slice_bounds"].diff()  # type: ignore[union-attr]
+    right = (seen.trust == 0) == secrets["selected"].repeat_interleave(widths, 1)
+    assert float(right.float().mean()) > 0.9

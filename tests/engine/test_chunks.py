@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+
+from fedsim.data.datasets import DigitsConfig, load_dataset
+from fedsim.engine import chunks
+from fedsim.engine.chunks import AttackJob
+from fedsim.engine.server import ServerSession
+from fedsim.engine.session import Session
+from fedsim.simulation import prepare
+from tests.conftest import small_experiment
+
+
+@pytest.fixture(scope="module")
+def probed() -> tuple[Session, torch.Tensor, chunks.Payload, torch.Tensor]:
+    """A session, the weights, what three victims send under GradDefense, and what they send without."""
+    audit = {"victims": 3, "observations": 3, "adversaries": ["naive", "adaptive", "oracle"]}
+    defense = {"name": "graddefense", "sigma": 0.5}
+    config = small_experiment(defense=defense, audit=audit, attacks=[{"name": "dlg"}])
+    prepared = prepare(config, load_dataset(DigitsConfig()))
+    server = ServerSession(prepared.spec, prepared.dataset)
+    server.prepare(0)
+    session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
+    weights, victims = server.optimizer.weights, prepared.victims[0]
+    payload = chunks.probe(session, weights, server.public, 0, victims)
+    bare = Session(prepare(small_experiment(audit=audit), prepared.dataset).spec, prepared.dataset, session.device)
+    clean = chunks.probe(bare, weights, {}, 0, victims)
+    return session, weights, payload, torch.from_numpy(clean.gradients)
+
+
+def test_the_secrets_are_those_of_the_payload(probed) -> None:  # type: ignore[no-untyped-def]
+    _, _, payload, clean = probed
+    widths = np.diff(payload.public["slice_bounds"])
+    noisy = np.repeat(payload.secrets["selected"], widths, axis=1)
+    changed = payload.gradients != clean.numpy()
+    assert not changed[~noisy].any() and changed[noisy].mean() > 0.999
+    assert noisy.any(axis=1).all()
+
+
+def test_repeats_have_draws_of_their_own(probed) -> None:  # type: ignore[no-untyped-def]
+    _, _, payload, clean = probed
+    assert payload.repeats is not None and payload.repeats.shape == (3, 2, clean.shape[1])
+    every = np.concatenate([payload.gradients[:, None], payload.repeats], axis=1)
+    patterns = {(every[v, r] != clean[v].numpy()).tobytes() for v in range(3) for r in range(3)}
+    assert len(patterns) == 9
+
+
+@pytest.mark.parametrize(("adversary", "told"), [("naive", None), ("adaptive", set()), ("oracle", {"selected"})])
+def test_only_the_oracle_is_told_secrets(probed, adversary, told) -> None:  # type: ignore[no-untyped-def]
+    session, weights, payload, _ = probed
+    job = AttackJob(0, 1, None, (1, 2, 3), adversary)
+    knowledge = chunks._observation(session, weights, payload, job).knowledge
+    assert (None if knowledge is None else set(knowledge.secrets)) == told
+
+
+def test_the_loss_at_the_truth_is_measured_on_what_the_strategy_saw(probed) -> None:  # type: ignore[no-untyped-def]
+    session, weights, payload, clean = probed
+    job = AttackJob(0, 1, None, (1, 2, 3), "oracle", "told_slices")
+    _, seen = chunks.attack(session, weights, payload, job)
+    assert seen.trust is not None
+    spec = session.spec
+    victims = prepare(spec.config, session.dataset).victims[0]
+    images, labels = session.train_data.take(np.stack([victim.images for victim in victims]))
+    loss = chunks.matching_loss(session, weights, seen, job, images, labels)
+    assert loss is not None and float(loss.max()) < 1e-6, "the clean slices are matched exactly"
+    plain = chunks.matching_loss(session, weights, payload, AttackJob(0, 1, None, (1, 2, 3)), images, labels)
+    assert plain is not None and float(plain.min()) > 0.1
