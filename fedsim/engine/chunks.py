@@ -69,18 +69,18 @@ class AttackJob:
         batch_size: Images behind each gradient.
         labels: The victims' labels [N, B], only for an attack that is assumed to know them.
         seeds: One seed a victim.
-        local: The local training behind each gradient.
         adversary: What the attacker knows of the defense.
         strategy: What it makes of that; "" is the plain attack.
+        local: The local training behind each gradient.
     """
 
     attack: int
     batch_size: int
     labels: Indices | None
     seeds: tuple[int, ...]
-    local: LocalTraining = ONE_STEP
     adversary: Adversary = "naive"
     strategy: str = ""
+    local: LocalTraining = ONE_STEP
 
     def select(self, victims: slice) -> "AttackJob":
         """Return the job for some of the victims."""

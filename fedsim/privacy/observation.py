@@ -125,10 +125,10 @@ class Observation:
         labels: The victims' labels, shape [N, B], only when the adversary is assumed to know them.
         seeds: One seed a victim, for the attack's own random draws, length N: a victim is attacked alike
             whichever others are attacked beside it.
-        local: The local training behind each gradient.
         trust: How much each entry of the gradients counts in matching, shape [N, d]: the attacker's own
             judgement of what the defense left intact. None: all alike.
         knowledge: What the adversary knows of the defense; None for the naive one.
+        local: The local training behind each gradient.
     """
 
     model: Model
@@ -138,9 +138,9 @@ class Observation:
     statistics: Tensor
     labels: Tensor | None
     seeds: tuple[int, ...]
-    local: LocalTraining = ONE_STEP
     trust: Tensor | None = None
     knowledge: Knowledge | None = None
+    local: LocalTraining = ONE_STEP
 
     @property
     def victims(self) -> int:
