@@ -216,6 +216,7 @@ class _Run:
         self.reporter.begin(self.config.name, rounds, done=len(self.history))
         try:
             self._reload_audits()
+            self._log_history()
             for round_ in range(len(self.history), rounds):
                 self.audit_round(round_)
                 record = self._as_record(self.federation.run_round(round_))
@@ -229,6 +230,12 @@ class _Run:
             return self._finish(self._overhead())
         finally:
             self.federation.close()
+
+    def _log_history(self) -> None:
+        """Log the checkpoint's rounds that had not come to MLflow when the process before this one died."""
+        if self.tracked:
+            for record in self.history:
+                self.tracked.round(record)
 
     def audit_round(self, round_: int) -> None:
         """Attack the victims of a round, if it is one to be audited, before it changes the weights."""

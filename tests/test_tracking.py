@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from fedsim import tracking
 from fedsim.errors import RunError
-from fedsim.tracking import TrackedRun, Tracker, patiently
+from fedsim.tracking import TrackedRun, Tracker, patiently, resolve_uri
 
 RECORD = {"loss": 1.0, "seconds": 0.1, "clients_rejected": 0}
 
@@ -114,3 +114,11 @@ def test_what_no_waiting_cures_is_told_at_once(clock: Clock) -> None:
     with pytest.raises(RunError, match="MLflow: bad name"):
         patiently(refuse)
     assert clock.now == 1000
+
+
+def test_auto_is_the_environments_server_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri("auto", tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
+    assert resolve_uri("auto", tmp_path) == "http://10.0.0.1:5000"
+    assert resolve_uri("http://other:5000", tmp_path) == "http://other:5000"

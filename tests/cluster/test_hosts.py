@@ -40,7 +40,9 @@ def cluster_file(hosts: Hosts) -> str:
     config["provider"]["worker_ips"] = [hosts.all[name].address for name in WORKERS]
     config["auth"] = {"ssh_user": "root", "ssh_private_key": f"{hosts.base}/key"}
     config["file_mounts"]["~/fedsim"] = str(ROOT)
-    config["setup_commands"] = ["test -x ~/venv/bin/ray", "chmod 600 ~/.ray/auth_token"]
+    config["setup_commands"] = [
+        line for line in config["setup_commands"] if "python" not in line and "pip" not in line
+    ]
     # One CPU a host, so that the trials must spread.
     for kind in ("head_start_ray_commands", "worker_start_ray_commands"):
         config[kind] = [line.replace("ray start", "ray start --num-cpus=1") for line in config[kind]]
@@ -62,6 +64,22 @@ def hosts() -> Iterator[Hosts]:
         for name in ("head", "w2"):
             left = made.all[name].run("ps -eo args | grep -E 'raylet|gcs_server' | grep -v grep", check=False)
             assert left == "", f"ray down left on {name}: {left}"
+
+
+def start_missing(hosts: Hosts) -> None:
+    """Start the workers that Ray's local provider has left out, by the file's own command."""
+    config = yaml.safe_load((hosts.base / "cluster.yaml").read_text())
+    head = hosts.all["head"]
+    end = time.monotonic() + 60
+    while nodes(hosts) < 1 + len(WORKERS) and time.monotonic() < end:
+        time.sleep(2)
+    joined = head.run(f"{RAY} list nodes --format json 2>/dev/null", check=False)
+    for name in WORKERS:
+        if hosts.all[name].address not in joined:
+            command = f"export RAY_HEAD_IP={head.address}; {config['worker_start_ray_commands'][-1]}"
+            login = f"ssh -o StrictHostKeyChecking=no -i {hosts.base}/key root@{hosts.all[name].address}"
+            (hosts.base / "start.sh").write_text(command)
+            hosts.all["laptop"].run(f"{login} bash -l {hosts.base}/start.sh")
 
 
 def nodes(hosts: Hosts) -> int:
@@ -93,14 +111,15 @@ def mlflow_trials(hosts: Hosts) -> list[Any]:
 
 def test_a_sweep_survives_a_host(hosts: Hosts) -> None:
     head, base = hosts.all["head"], hosts.base
+    start_missing(hosts)
     wait_for(lambda: nodes(hosts) == 1 + len(WORKERS), "the workers join the cluster")
 
     for command, refused in (
-        (f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong ~/venv/bin/ray job list --address {'{}'}", True),
-        (f"RAY_AUTH_MODE=token ~/venv/bin/ray job list --address {'{}'}", False),
+        ("RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong ~/venv/bin/ray job list", True),
+        ("RAY_AUTH_MODE=token ~/venv/bin/ray job list", False),
     ):
-        answer = head.run(command.format("http://127.0.0.1:8265"), check=False)
-        assert ("401" in answer or "403" in answer or "nauthenticated" in answer.lower()) == refused, answer
+        answer = head.run(f"{command} --address http://127.0.0.1:8265", check=False)
+        assert ("Invalid authentication token" in answer) == refused, answer
 
     submit = (
         f"{RAY} job submit --address http://127.0.0.1:8265 --submission-id sweep --no-wait -- "

@@ -133,3 +133,12 @@ def _named(config: ExperimentConfig, sweep: SweepConfig, point: dict[str, Any]) 
 def test_a_comparison_stands_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="brings its own"):
         load_sweep_config(written(tmp_path, GC | {"comparison": "quick"}))
+
+
+def test_a_cluster_needs_a_common_place_for_checkpoints(tmp_path: Path) -> None:
+    from fedsim.sweep.run import Sweep
+
+    config = load_sweep_config(written(tmp_path, GC))
+    with pytest.raises(ConfigError, match="--storage: a cluster's nodes need a common place"):
+        Sweep(config, tmp_path, address="auto")
+    assert Sweep(config, tmp_path, address="auto", storage="s3://bucket/x").storage == "s3://bucket/x"
