@@ -229,3 +229,25 @@ def test_a_private_runtime_leaves_no_process_and_no_file(digits: Dataset) -> Non
     assert 0 <= float(done.stdout.split()[-1]) <= 1
     after = {path.name for path in Path(tempfile.gettempdir()).glob("fedsim-*")}
     assert after == before
+
+
+def test_several_local_steps_are_attacked_through_the_clients_training(runtime: Runtime, digits: Dataset) -> None:
+    """The loss of the truth is zero only if the simulated training is the clients' own."""
+    config = small_experiment(
+        federation={"rounds": 1, "local_steps": 2, "batch_size": 2},
+        attacks=[{"name": "gia", "iterations": 3}],
+        audit={"payload": "training", "victims": 2},
+    )
+    result = Simulation(config, dataset=digits, runtime=runtime).run()
+    assert len(result.images) == 8
+    assert result.images["loss_at_truth"].max() < 1e-6 < result.images["loss"].min()
+
+
+def test_local_training_that_repeats_images_cannot_be_audited(digits: Dataset) -> None:
+    config = small_experiment(
+        federation={"local_steps": 50, "batch_size": 16},
+        attacks=[{"name": "dlg"}],
+        audit={"payload": "training"},
+    )
+    with pytest.raises(ConfigError, match="use each image once"):
+        prepare(config, digits)
