@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIA, GIAConfig
 from fedsim.attacks.gradient_matching import Autodiff, GradientMatching, SquaredError
+from fedsim.data.datasets import CIFAR10Config, load_dataset
 from fedsim.learning.models import ConvNet64Config, LeNet4Config, LeNetConfig, build_model
 from fedsim.privacy.metrics import score
 from fedsim.privacy.observation import Observation
@@ -25,8 +27,12 @@ from fedsim.privacy.observation import Observation
 MODELS = {"lenet": LeNetConfig, "lenet4": LeNet4Config, "convnet64": ConvNet64Config}
 
 
-def images(dataset: str, count: int) -> tuple[Tensor, Tensor]:
-    """Digits scaled to 28×28, or coarse random fields of 3×32×32; and labels."""
+def images(dataset: str, count: int, data_dir: Path | None = None) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 test images, digits scaled to 28×28, or coarse random fields of 3×32×32; and labels."""
+    if dataset == "cifar10":
+        cifar = load_dataset(CIFAR10Config(), data_dir)
+        order = torch.randperm(len(cifar.test_labels), generator=torch.Generator().manual_seed(0))[:count].numpy()
+        return torch.tensor(cifar.test_images[order]) / 255, torch.tensor(cifar.test_labels[order])
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
@@ -39,8 +45,10 @@ def images(dataset: str, count: int) -> tuple[Tensor, Tensor]:
     return F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1), labels
 
 
-def observe(model_name: str, init: str, dataset: str, count: int) -> tuple[Tensor, Observation]:
-    truth, labels = images(dataset, count)
+def observe(
+    model_name: str, init: str, dataset: str, count: int, data_dir: Path | None = None
+) -> tuple[Tensor, Observation]:
+    truth, labels = images(dataset, count, data_dir)
     model = build_model(MODELS[model_name](init=init), tuple(truth.shape[1:]), 10, seed=0)
     weights = model.initial_weights().requires_grad_()
     losses = (F.cross_entropy(model.logits(weights, x[None]), y[None]) for x, y in zip(truth, labels, strict=True))
@@ -175,14 +183,15 @@ def main() -> None:
     parser.add_argument("--problems", type=int, nargs="+", default=[4, 8, 32])
     parser.add_argument("--model", choices=sorted(MODELS), default="lenet")
     parser.add_argument("--init", choices=["default", "uniform"], default="default")
-    parser.add_argument("--dataset", choices=["digits", "synthetic"], default="synthetic")
+    parser.add_argument("--dataset", choices=["digits", "synthetic", "cifar10"], default="synthetic")
+    parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 lies, in torchvision's layout")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="GIA iterations timed in a turn")
     parser.add_argument("--only", choices=["evaluation", "gia", "dlg"], nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for count in arguments.problems:
-        truth, observation = observe(arguments.model, arguments.init, arguments.dataset, count)
+        truth, observation = observe(arguments.model, arguments.init, arguments.dataset, count, arguments.data_dir)
         jobs: dict[str, Callable[[], dict[str, object]]] = {
             "evaluation": lambda o=observation: evaluation(o, arguments.turns),
             "gia": lambda o=observation: gia(o, arguments.turns, arguments.steps),

@@ -15,6 +15,7 @@ from fedsim.defenses import DefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig
+from fedsim.payload_config import PayloadAttackConfig
 from fedsim.schema import Schema, suggest
 
 UNIONS: dict[str, Any] = {
@@ -31,6 +32,7 @@ SECTIONS: dict[str, type[Schema]] = {
     "audit": AuditConfig,
     "runtime": RuntimeConfig,
     "tracking": TrackingConfig,
+    "payload": PayloadAttackConfig,
 }
 
 

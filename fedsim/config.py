@@ -64,7 +64,8 @@ class AuditConfig(Schema):
     batch_size: int = Field(default=1, ge=1)
     """Images behind a probe gradient."""
     payload: Literal["probe", "training"] = "probe"
-    """`probe`: a protected gradient of `batch_size` images; `training`: one of the size that training uses."""
+    """`probe`: a protected gradient of `batch_size` images; `training`: the very update that a client contributes,
+    whose local steps the attacker simulates."""
     adversaries: tuple[Adversary, ...] = Field(default=("naive",), min_length=1)
     """What the attacker knows of the defense; `naive`: not that there is one; `adaptive`: the scheme and its
     public parameters; `oracle`: also what was drawn in secret this round."""
@@ -160,8 +161,6 @@ class ExperimentConfig(Schema):
         if self.federation.local_steps != 1:
             if self.defense.needs_one_local_step():
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")
-            if self.audit.payload == "training" and self.attacks:
-                raise ValueError("audit.payload: training needs federation.local_steps: 1; use probe")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -202,9 +202,15 @@ def _finite(data: object) -> object:
 
 def picture(audit: AuditResult, most: int = 16) -> bytes:
     """Return a PNG of up to `most` originals, each above its reconstruction, three times enlarged."""
+    return grid(
+        [images.reshape(-1, *images.shape[2:])[:most] for images in (audit.originals, audit.reconstructions)]
+    )
+
+
+def grid(rows: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Return a PNG of rows of as many images each, [n, C, H, W], three times enlarged."""
     from PIL import Image
 
-    rows = [images.reshape(-1, *images.shape[2:])[:most] for images in (audit.originals, audit.reconstructions)]
     padded = [np.pad(row, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=255) for row in rows]
     grid = np.concatenate([np.concatenate(list(row), axis=2) for row in padded], axis=1).transpose(1, 2, 0)
     image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedsim.attacks.strategies import strategies_of
 from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, load_dataset, mean_image, root_set
@@ -18,9 +20,10 @@ from fedsim.engine.chunks import AttackJob
 from fedsim.engine.federation import Federation, Overhead, RoundRecord, measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
+from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
 from fedsim.privacy import audit
-from fedsim.privacy.observation import Adversary, Payload, Victim
+from fedsim.privacy.observation import Adversary, LocalTraining, Payload, Victim
 from fedsim.progress import Reporter
 from fedsim.results import AuditResult, RunFolder, SimulationResult, audit_stem, summarize
 from fedsim.tracking import TrackedRun, Tracker
@@ -51,21 +54,36 @@ def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
     root, rest = root_set(dataset, federation.root_per_class, config.seed)
     parts = partition(dataset.train_labels, rest, federation.clients, config.data.partition, config.seed)
     spec = SessionSpec(config, parts, root)
-    spec.build_model(dataset)
+    model = spec.build_model(dataset)
     rounds = config.audit.rounds if config.attacks else ()
     if config.audit.payload == "probe":
         victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
     else:
         victims = {round_: _training_victims(spec, round_) for round_ in rounds}
+    for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
+        for attack in config.attacks:
+            attack.check(model, size)
     return Prepared(dataset, spec, victims)
 
 
 def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
-    """Return the first clients of the round's cohort, with the batches that they train on."""
+    """Return the first clients of the round's cohort, with the batches that they train on.
+
+    Raises:
+        ConfigError: If no client trains on batches of one size, and on no image twice, as attacks assume.
+    """
     cohort = spec.cohort(round_)[: spec.config.audit.victims]
-    batches = {client: spec.schedule(round_, client)[0] for client in cohort}
-    size = max(map(len, batches.values()))
-    return tuple(Victim(c, batch, stream=c) for c, batch in batches.items() if len(batch) == size)
+    schedules = {client: spec.schedule(round_, client) for client in cohort}
+    images = {client: np.concatenate(batches) for client, batches in schedules.items()}
+    able = [c for c in cohort if len(set(map(len, schedules[c]))) == 1 and len(set(images[c])) == len(images[c])]
+    if not able:
+        raise ConfigError(
+            "audit.payload: training needs local batches of one size that use each image once; set "
+            f"federation.local_steps × batch_size to at most a client's images ({len(set(images[cohort[0]]))})"
+        )
+    size = max(len(images[client]) for client in able)
+    same = [client for client in able if len(images[client]) == size]
+    return tuple(Victim(c, images[c], stream=c, steps=len(schedules[c])) for c in same)
 
 
 class Simulation:
@@ -256,6 +274,7 @@ class _Run:
             batch_size=truth.labels.shape[1],
             labels=truth.labels.numpy() if settings.knows_labels else None,
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
+            local=LocalTraining(victims[0].steps, self.config.federation.learning_rate),
             adversary=adversary,
             strategy=strategy,
         )

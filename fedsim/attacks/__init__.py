@@ -4,9 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedsim.attacks.analytic import AnalyticConfig
 from fedsim.attacks.custom import CustomAttackConfig
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.idlg import IDLGConfig
 
-AttackConfig = Annotated[DLGConfig | IDLGConfig | GIAConfig | CustomAttackConfig, Field(discriminator="name")]
+AttackConfig = Annotated[
+    DLGConfig | IDLGConfig | GIAConfig | AnalyticConfig | CustomAttackConfig, Field(discriminator="name")
+]

@@ -7,14 +7,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.errors import ConfigError
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
 
 if TYPE_CHECKING:
     from fedsim.attacks.gradient_matching import Distance, Targets
 
-LabelKnowledge = Literal["known", "idlg", "joint"]
-"""How the attacker gets labels: given, by iDLG's sign rule, or found together with the images."""
+LabelSource = Literal["known", "recovered"]
+"""How an attacker that does not search for labels gets them: given, or from the last layer's gradient."""
 
 
 class Attack:
@@ -74,6 +75,17 @@ class AttackSettings(Schema):
     def takes_strategies(self) -> bool:
         """Whether adversaries who know the defense can use the attack: it weighs entries, and takes a distance."""
         return True
+
+    def check(self, model: Model, batch_size: int) -> None:
+        """See that the attack applies, before any work starts.
+
+        Args:
+            model: The architecture.
+            batch_size: Number of images behind each gradient.
+
+        Raises:
+            ConfigError: If it does not.
+        """
 
     def build(self) -> Attack:
         """Return the attack."""

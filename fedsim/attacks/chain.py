@@ -205,6 +205,8 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
     activated = flattened = False
     # Modules that occur twice must be met twice, or the second would go unnoticed.
     for name, module in model.module.named_modules(remove_duplicate=False):
+        if module._forward_pre_hooks or module._forward_hooks:  # they may change what passes through
+            return None
         if type(module) is nn.Sequential:
             continue
         if type(module) in ACTIVATIONS and layers and not activated:

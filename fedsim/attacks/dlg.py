@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedsim.attacks.base import Attack, AttackSettings
+from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found
 from fedsim.attacks.gradient_matching import (
     BalancedError,
@@ -19,8 +19,10 @@ from fedsim.attacks.gradient_matching import (
     Targets,
     loss_at,
 )
+from fedsim.attacks.labels import labels_from, last_linear
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 
 
@@ -43,15 +45,35 @@ class DLGConfig(LBFGSAttackSettings):
     name: Literal["dlg"] = "dlg"
     published: bool = False
     """The original's search, stalls included: no line search, unscaled loss, N(0, 1) start, 300 × 20 steps."""
+    labels: Literal["joint", "known", "recovered"] = "joint"
+    """`joint`: searched together with the images; `known`: given; `recovered`: from the last layer's gradient."""
+
+    @model_validator(mode="after")
+    def _published_is_joint(self) -> Self:
+        if self.published and self.labels != "joint":
+            raise ValueError("published: the original searches labels and images together; leave labels joint")
+        return self
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether labels are given."""
+        return self.labels == "known"
 
     @property
     def takes_strategies(self) -> bool:
         """The original is left as it was."""
         return not self.published
 
+    def check(self, model: Model, batch_size: int) -> None:
+        """See `AttackSettings.check`: labels are recovered from a last linear layer."""
+        if self.labels == "recovered":
+            last_linear(model)
+
     def build(self) -> Attack:
         """Return the attack."""
-        return PublishedDLG(self) if self.published else DLG(self)
+        if self.published:
+            return PublishedDLG(self)
+        return DLG(self, source=None if self.labels == "joint" else self.labels)
 
 
 class DLG(Attack):
@@ -65,18 +87,21 @@ class DLG(Attack):
     """
 
     def __init__(
-        self, settings: LBFGSAttackSettings, distance: Callable[[Targets], Distance] = SquaredError
+        self,
+        settings: LBFGSAttackSettings,
+        distance: Callable[[Targets], Distance] = SquaredError,
+        source: LabelSource | None = None,
     ) -> None:
-        """Take the settings, and the distance to match by."""
-        self.settings, self.distance = settings, distance
+        """Take the settings, the distance to match by, and where labels come from if they are not searched for."""
+        self.settings, self.distance, self.source = settings, distance, source
 
     def matching(self, distance: Callable[[Targets], Distance]) -> Attack:
         """See `Attack`."""
-        return type(self)(self.settings, distance)
+        return type(self)(self.settings, distance, self.source)
 
     def labels(self, observation: Observation) -> Tensor | None:
         """Return the labels to assume, [N, B], or None to search for them as well."""
-        return None
+        return None if self.source is None else labels_from(self.source, observation, "dlg")
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""

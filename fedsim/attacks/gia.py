@@ -8,11 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.attacks.base import Attack, AttackSettings
+from fedsim.attacks.base import Attack, AttackSettings, LabelSource
+from fedsim.attacks.distances import AbsoluteError, LayerCosine
 from fedsim.attacks.gradient_matching import CosineDistance, Distance, GradientMatching, Targets, loss_at
-from fedsim.attacks.labels import known_labels, one_hot
+from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.randomness import Purpose, torch_stream
 
@@ -21,6 +23,13 @@ DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's, as in Kingma and Ba, 2015."""
+
+
+OBJECTIVES: dict[str, Callable[[Targets], Distance]] = {
+    "cosine": CosineDistance,
+    "layer_cosine": LayerCosine,
+    "l1": AbsoluteError,
+}
 
 
 class GIAConfig(AttackSettings):
@@ -37,15 +46,25 @@ class GIAConfig(AttackSettings):
     """Whether `tv` is in units of the cosine distance reached so far, which needs no tuning by model and lets the
     prior count for as much as the gradient leaves open; if not, beside the plain cosine distance, as published
     (1e-4 to 0.2 in various codes)."""
+    objective: Literal["cosine", "layer_cosine", "l1"] = "cosine"
+    """What is minimised beside the prior: the cosine distance of the whole gradient, as published; its mean over
+    parameters; or the absolute error."""
+    labels: LabelSource = "known"
+    """`known`, as published, or `recovered` from the last layer's gradient."""
 
     @property
     def knows_labels(self) -> bool:
-        """The attack is defined for known labels."""
-        return True
+        """Whether labels are given."""
+        return self.labels == "known"
+
+    def check(self, model: Model, batch_size: int) -> None:
+        """See `AttackSettings.check`: labels are recovered from a last linear layer."""
+        if self.labels == "recovered":
+            last_linear(model)
 
     def build(self) -> Attack:
         """Return the attack."""
-        return GIA(self)
+        return GIA(self, OBJECTIVES[self.objective])
 
 
 class GIA(Attack):
@@ -75,7 +94,7 @@ class GIA(Attack):
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
-        labels = known_labels(observation, "gia")
+        labels = labels_from(self.settings.labels, observation, "gia")
         run = _Run(observation, labels, self.settings, self.distance)
         for _ in range(self.settings.iterations):
             run.step()

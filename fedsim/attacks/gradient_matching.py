@@ -19,7 +19,7 @@ from fedsim.attacks.labels import one_hot
 from fedsim.errors import ConfigError
 from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
-from fedsim.privacy.observation import Observation
+from fedsim.privacy.observation import ONE_STEP, LocalTraining, Observation
 
 PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Problems are evaluated in pieces whose per-image parameter gradients would take at most this many bytes."""
@@ -194,7 +194,8 @@ class GradientMatching:
         if self.scale is not None:
             targets = targets * self.scale
         self.distance = distance(Targets(targets, tuple(span.stop - span.start for span in self.spans)))
-        self.engine = chain_of(observation.model, weights) or Autodiff(observation.model, weights)
+        chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
+        self.engine = chain or Autodiff(observation.model, weights, observation.local)
         self.dimension = len(weights)
         one = len(weights) * weights.element_size() * observation.batch_size
         self.piece = max(1, PIECE_BYTES.get(weights.device.type, PIECE_BYTES["cpu"]) // one)
@@ -252,15 +253,26 @@ def loss_at(
 
 
 class Autodiff:
-    """Per-problem gradients of any model by automatic differentiation."""
+    """Per-problem gradients of any model by automatic differentiation, through several local steps if need be.
 
-    def __init__(self, model: Model, weights: Tensor) -> None:
-        """Take flat `weights` [d]."""
+    Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, section 6 (federated averaging).
+    """
+
+    def __init__(self, model: Model, weights: Tensor, local: LocalTraining = ONE_STEP) -> None:
+        """Take flat `weights` [d] and the local training; each step uses the next of the images, evenly shared."""
 
         def loss(weights: Tensor, images: Tensor, probabilities: Tensor) -> Tensor:
             return F.cross_entropy(model.logits(weights, images), probabilities)
 
-        self.weights, self.gradient = weights, vmap(grad(loss), in_dims=(None, 0, 0))
+        def update(weights: Tensor, images: Tensor, probabilities: Tensor) -> Tensor:
+            batches = zip(*(t.chunk(local.steps) for t in (images, probabilities)), strict=True)
+            total = torch.zeros_like(weights)
+            for batch in batches:
+                total = total + grad(loss)(weights - local.learning_rate * total, *batch)
+            return total
+
+        one = grad(loss) if local.steps == 1 else update
+        self.weights, self.gradient = weights, vmap(one, in_dims=(None, 0, 0))
 
     def gradients(self, images: Tensor, probabilities: Tensor) -> tuple[Tensor, Pullback]:
         """See `Chain.gradients`."""

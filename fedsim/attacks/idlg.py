@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack
 from fedsim.attacks.dlg import DLG, LBFGSAttackSettings
-from fedsim.attacks.labels import sign_rule
+from fedsim.attacks.labels import last_linear, one_image, sign_rule
+from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation
 
 
@@ -14,6 +15,11 @@ class IDLGConfig(LBFGSAttackSettings):
     """Improved DLG (Zhao et al., 2020): the label from the last layer's gradient, then the image; batch size 1."""
 
     name: Literal["idlg"] = "idlg"
+
+    def check(self, model: Model, batch_size: int) -> None:
+        """See `AttackSettings.check`: one image, and a model that ends in a linear layer."""
+        one_image(batch_size)
+        last_linear(model)
 
     def build(self) -> Attack:
         """Return the attack."""

@@ -1,10 +1,11 @@
 """The commands of the command line, one file a subject. Heavy modules are imported when a command runs."""
 
-from fedsim.commands import compare, reading, run, sweep
+from fedsim.commands import attack, compare, reading, run, sweep
 from fedsim.commands.base import Command
 
 ALL = (
     Command("run", "one simulation: training under a defense, audited by attacks", run.run_arguments, run.run),
+    Command("attack", "attack a gradient or update of your own", attack.attack_arguments, attack.attack),
     Command("compare", "the tables: defenses × attacks × data sets", compare.compare_arguments, compare.compare),
     Command("sweep", "a search over settings, on Ray Tune", sweep.sweep_arguments, sweep.sweep),
     Command(

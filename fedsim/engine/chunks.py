@@ -16,7 +16,16 @@ from fedsim.engine.session import Session
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import Indices, as_tensor
 from fedsim.learning.training import LocalResult
-from fedsim.privacy.observation import Adversary, Knowledge, Observation, Payload, Reconstruction, Victim
+from fedsim.privacy.observation import (
+    ONE_STEP,
+    Adversary,
+    Knowledge,
+    LocalTraining,
+    Observation,
+    Payload,
+    Reconstruction,
+    Victim,
+)
 from fedsim.randomness import Purpose
 
 EVALUATION_BATCH = 500
@@ -62,6 +71,7 @@ class AttackJob:
         seeds: One seed a victim.
         adversary: What the attacker knows of the defense.
         strategy: What it makes of that; "" is the plain attack.
+        local: The local training behind each gradient.
     """
 
     attack: int
@@ -70,6 +80,7 @@ class AttackJob:
     seeds: tuple[int, ...]
     adversary: Adversary = "naive"
     strategy: str = ""
+    local: LocalTraining = ONE_STEP
 
     def select(self, victims: slice) -> "AttackJob":
         """Return the job for some of the victims."""
@@ -156,7 +167,31 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
     training = session.spec.config.audit.payload == "training"
     purpose = Purpose.PROTECTION if training else Purpose.PROBE_PROTECTION
     streams = [victim.stream for victim in victims]
-    batches = [victim.images for victim in victims]
+    schedules = [np.split(victim.images, victim.steps) for victim in victims]
+    steps = len(schedules[0])
+    if steps == 1:
+        updates, statistics = _batch_gradients(session, weights, [batch for (batch,) in schedules])
+    else:
+        result = session.trainer.train(weights, schedules)
+        updates, statistics = result.updates, result.statistics
+    batches = [schedule[0] for schedule in schedules]
+    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
+    protected = session.defense.protect(updates, context)
+    # A context of its own: its streams start afresh, so that the same draws are made again.
+    secrets = session.defense.secrets(
+        session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
+    )
+    return Payload(
+        session.aggregation.visible(protected).detach().cpu().numpy(),
+        statistics.cpu().numpy(),
+        _repeats(session, weights, public, round_, victims, updates),
+        {name: tensor.cpu().numpy() for name, tensor in public.items()},
+        {name: tensor.cpu().numpy() for name, tensor in secrets.items()},
+    )
+
+
+def _batch_gradients(session: Session, weights: Tensor, batches: list[Indices]) -> tuple[Tensor, Tensor]:
+    """Return the gradients [N, d] of N batches, and the batch-norm statistics [N, b] that they showed."""
     model = session.model
 
     def loss(at: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,20 +204,7 @@ def probe(session: Session, weights: Tensor, public: Public, round_: int, victim
         gradient, (_, seen) = grad_and_value(loss, has_aux=True)(weights, images, labels)
         gradients.append(gradient)
         statistics.append(seen.detach())
-    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=1)
-    stacked = torch.stack(gradients)
-    protected = session.defense.protect(stacked, context)
-    # A context of its own: its streams start afresh, so that the same draws are made again.
-    secrets = session.defense.secrets(
-        session.client_context(weights, public, batches, purpose, round_, streams, local_steps=1)
-    )
-    return Payload(
-        session.aggregation.visible(protected).detach().cpu().numpy(),
-        torch.stack(statistics).cpu().numpy(),
-        _repeats(session, weights, public, round_, victims, stacked),
-        {name: tensor.cpu().numpy() for name, tensor in public.items()},
-        {name: tensor.cpu().numpy() for name, tensor in secrets.items()},
-    )
+    return torch.stack(gradients), torch.stack(statistics)
 
 
 def _repeats(
@@ -198,9 +220,9 @@ def _repeats(
     seen = gradients.new_empty(len(gradients), repeats, gradients.shape[1])
     for repeat in range(repeats):
         streams = [victim.stream * repeats + repeat for victim in victims]
-        batches = [victim.images for victim in victims]
+        batches = [np.split(victim.images, victim.steps)[0] for victim in victims]
         context = session.client_context(
-            weights, public, batches, Purpose.PROBE_REPEATS, round_, streams, local_steps=1
+            weights, public, batches, Purpose.PROBE_REPEATS, round_, streams, local_steps=victims[0].steps
         )
         seen[:, repeat] = session.aggregation.visible(session.defense.protect(gradients, context))
     return np.asarray(seen.detach().cpu().numpy(), dtype=np.float32)
@@ -243,6 +265,7 @@ def _observation(session: Session, weights: Tensor, payload: Payload, job: Attac
         statistics=as_tensor(payload.statistics, device),
         labels=None if job.labels is None else as_tensor(job.labels, device),
         seeds=job.seeds,
+        local=job.local,
         trust=None if payload.trust is None else as_tensor(payload.trust, device),
         knowledge=None if job.adversary == "naive" else _knowledge(session, payload, job),
     )

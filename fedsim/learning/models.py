@@ -1,6 +1,7 @@
 """The models of the tables, each for 1×28×28 and 3×32×32 input, and a user's own."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -54,6 +55,24 @@ class ConvNet64Config(Schema):
         return ConvNet64(shape, classes)
 
 
+class MLPConfig(Schema):
+    """Fully connected layers with ReLU on the flattened image, which the first one's gradient gives away."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
+    """Widths of the hidden layers."""
+    init: Initialisation = "default"
+    """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
+
+    def module(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """Build the module with PyTorch's initialisation."""
+        widths = (shape[0] * shape[1] * shape[2], *self.hidden)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
 class CustomModelConfig(Schema):
     """A model of your own: `factory` names a callable `(shape, classes) -> torch.nn.Module`."""
 
@@ -74,7 +93,7 @@ class CustomModelConfig(Schema):
 
 
 ModelConfig = Annotated[
-    LeNetConfig | LeNet4Config | ConvNet64Config | CustomModelConfig, Field(discriminator="name")
+    LeNetConfig | LeNet4Config | ConvNet64Config | MLPConfig | CustomModelConfig, Field(discriminator="name")
 ]
 
 
@@ -156,10 +175,10 @@ class Model:
         logits = self.logits(weights, images)
         return logits, batch_norm.collect_statistics(self.module, logits)
 
-    def representation(self, weights: Tensor, images: Tensor) -> Tensor:
-        """Return the input of the first fully connected layer, [B, features]; differentiable in `images`."""
+    def representation(self, weights: Tensor, images: Tensor, name: str | None = None) -> Tensor:
+        """Return the input of a layer, by default the first fully connected one; differentiable in `images`."""
         captured: list[Tensor] = []
-        layer = self.module.get_submodule(self.first_linear)
+        layer = self.module.get_submodule(name or self.first_linear)
         hook = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
         try:
             self.logits(weights, images)

@@ -25,11 +25,13 @@ class Victim:
         client: Its number.
         images: Indices of the images behind what it sends, shape [B].
         stream: Counter of the private randomness with which it protects what it sends.
+        steps: Local steps behind what it sends; the images are shared by them evenly, in order.
     """
 
     client: int
     images: NDArray[np.int64]
     stream: int
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,22 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
+class LocalTraining:
+    """The local SGD behind what was sent, which is public; one step is a plain gradient.
+
+    Attributes:
+        steps: Local steps; the B images are shared by them evenly, in order.
+        learning_rate: The clients' learning rate.
+    """
+
+    steps: int = 1
+    learning_rate: float = 1.0
+
+
+ONE_STEP = LocalTraining()
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the protocol showed the server of N victims in one round. It holds no ground truth.
 
@@ -110,6 +128,7 @@ class Observation:
         trust: How much each entry of the gradients counts in matching, shape [N, d]: the attacker's own
             judgement of what the defense left intact. None: all alike.
         knowledge: What the adversary knows of the defense; None for the naive one.
+        local: The local training behind each gradient.
     """
 
     model: Model
@@ -121,6 +140,7 @@ class Observation:
     seeds: tuple[int, ...]
     trust: Tensor | None = None
     knowledge: Knowledge | None = None
+    local: LocalTraining = ONE_STEP
 
     @property
     def victims(self) -> int:

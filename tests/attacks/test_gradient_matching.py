@@ -16,6 +16,7 @@ from fedsim.attacks.gradient_matching import (
 )
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
+from fedsim.privacy.observation import ONE_STEP, LocalTraining
 from tests.attacks.problems import Perceptron, double, lenet, observe, rand, victims
 
 
@@ -175,3 +176,28 @@ def test_a_frozen_module_is_matched_like_any_other():
         parameter.requires_grad_(False)
     truth = torch.nn.functional.one_hot(labels, 10).double()
     assert float(GradientMatching(observation, SquaredError)(images.double(), truth, torch.arange(1)).loss) < 1e-25
+
+
+def test_several_local_steps_are_simulated():
+    """Against a client that takes the steps with torch's SGD, and a derivative by finite differences."""
+    model = double(lenet())
+    images, labels = victims(1, batch=6)
+    images, local = images.double(), LocalTraining(steps=3, learning_rate=0.2)
+    start = model.initial_weights()
+    optimiser = torch.optim.SGD(model.module.parameters(), lr=0.2)
+    for x, y in zip(images[0].split(2), labels[0].split(2), strict=True):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model.module(x), y).backward()
+        optimiser.step()
+    update = (start - model.initial_weights()) / 0.2
+    observation = replace(observe(model, images, labels), weights=start, gradients=update[None], local=local)
+    truth = torch.nn.functional.one_hot(labels, 10).double()
+    matching, everyone = GradientMatching(observation, SquaredError), torch.arange(1)
+    assert float(matching(images, truth, everyone).loss) < 1e-25
+    one_step = GradientMatching(replace(observation, local=ONE_STEP), SquaredError)
+    assert float(one_step(images, truth, everyone).loss) > 1e-3
+    dummy = images + 0.1 * rand(*images.shape, seed=1, dtype=torch.float64)
+    direction, tiny = rand(*images.shape, seed=2, dtype=torch.float64) - 0.5, 1e-5
+    ends = [matching(dummy + sign * tiny * direction, truth, everyone).loss for sign in (1, -1)]
+    slope = (matching(dummy, truth, everyone).by_images * direction).sum()
+    torch.testing.assert_close(slope, ((ends[0] - ends[1]) / (2 * tiny))[0], rtol=1e-5, atol=1e-10)

@@ -75,6 +75,7 @@ def test_an_observation_has_no_room_for_ground_truth() -> None:
         "seeds",
         "trust",  # made by the attacker
         "knowledge",  # None for the naive adversary
+        "local",  # steps and learning rate, which the server itself prescribes
     }
     # The scheme and what it publishes are known to the adaptive adversary; draws are for the oracle alone, which
     # tests/engine/test_chunks.py sees to; repeats were sent as the gradients were.
