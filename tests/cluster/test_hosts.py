@@ -125,6 +125,7 @@ def test_a_sweep_survives_a_host(hosts: Hosts) -> None:
         f"{RAY} job submit --address http://127.0.0.1:8265 --submission-id sweep --no-wait -- "
         f"bash -c 'cd ~ && ~/venv/bin/fedsim sweep {base}/sweep.yaml --address auto --storage {base}/shared'"
     )
+    wait_for(lambda: "OK" in head.run(f"curl -s http://{head.address}:5000/health", check=False), "MLflow answers")
     head.run(submit)
     wait_for(lambda: len(mlflow_trials(hosts)) >= 3, "three trials run at once")
     busy = [
