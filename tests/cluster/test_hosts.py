@@ -60,10 +60,16 @@ def hosts() -> Iterator[Hosts]:
         laptop.run(f"{RAY} get-auth-token --generate > /dev/null")
         laptop.run(f"{RAY} up -y --no-config-cache {made.base}/cluster.yaml", timeout=400)
         yield made
+        made.all["head"].run("pkill -x mlflow")
         laptop.run(f"{RAY} down -y {made.base}/cluster.yaml", timeout=200)
+        # `ray down` ends the head; a worker ends itself when it has missed the head for a while.
         for name in ("head", "w2"):
-            left = made.all[name].run("ps -eo args | grep -E 'raylet|gcs_server' | grep -v grep", check=False)
-            assert left == "", f"ray down left on {name}: {left}"
+            wait_for(lambda name=name: not left(made, name), f"nothing of Ray or MLflow is left on {name}", 180)
+
+
+def left(hosts: Hosts, name: str) -> str:
+    """Ray's and MLflow's processes on a host."""
+    return hosts.all[name].run("ps -eo args | grep -E 'raylet|gcs_server|mlflow' | grep -v grep", check=False)
 
 
 def start_missing(hosts: Hosts) -> None:
@@ -136,7 +142,7 @@ def test_a_sweep_survives_a_host(hosts: Hosts) -> None:
     assert len(busy) >= 2, f"trials run on {busy} only"
 
     hosts.all["w1"].kill()
-    wait_for(lambda: "SUCCEEDED" in head.run(f"{RAY} job status sweep 2>&1", check=False), "the job ends", 900)
+    wait_for(lambda: "succeeded" in head.run(f"{RAY} job status sweep 2>&1", check=False), "the job ends", 900)
     trials = mlflow_trials(hosts)
     assert len(trials) == 6 and len({trial for trial, *_ in trials}) == 6
     assert all(status == "FINISHED" and rounds == 120 for _, status, rounds, _ in trials)
