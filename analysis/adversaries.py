@@ -64,9 +64,14 @@ def summarise(comparison: Comparison) -> list[Row]:
             able = cell[cell["adversary"].isin(ADVERSARIES[: number + 1])]
             if len(able):
                 told = adversary in set(able["adversary"])
-                best = able.groupby(["attack", "strategy"])["PSNR"].transform("mean")
-                rows.append(_row(place, adversary, told, able[best == best.max()], floor))
+                rows.append(_row(place, adversary, told, strongest_of(able), floor))
     return rows
+
+
+def strongest_of(able: pd.DataFrame) -> pd.DataFrame:
+    """Return the images of the attack and strategy with the highest mean PSNR; of equals, the one tried first."""
+    tried = able["attack"] + " " + able["adversary"] + " " + able["strategy"]
+    return able[tried == able.groupby(tried, sort=False)["PSNR"].mean().idxmax()]
 
 
 def every(comparison: Comparison) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.adversaries import ADVERSARIES
+from analysis.adversaries import ADVERSARIES, strongest_of
 from analysis.load import artifact, find_parent, open_store, search_runs
 from fedsim.errors import ConfigError
 
@@ -121,8 +121,4 @@ def strongest(images: pd.DataFrame, adversary: str) -> pd.DataFrame:
     able = images[images["adversary"].isin(ADVERSARIES[: ADVERSARIES.index(adversary) + 1])]
     if able.empty:
         return able
-    means = able.groupby(["trial", "attack", "adversary", "strategy"])["PSNR"].transform("mean")
-    best = means.groupby(able["trial"]).transform("max")
-    chosen = able[means == best]
-    first = chosen.groupby("trial")[["attack", "adversary", "strategy"]].transform("first")
-    return chosen[(chosen[["attack", "adversary", "strategy"]] == first).all(axis=1)]
+    return pd.concat([strongest_of(own) for _, own in able.groupby("trial", sort=False)])

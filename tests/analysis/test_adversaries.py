@@ -47,6 +47,12 @@ def test_each_adversary_does_the_best_that_it_and_those_below_it_can() -> None:
     assert found["gc", "naive"].floor == 11
 
 
+def test_of_equal_strategies_one_counts() -> None:
+    twins = [("gc", a, s, p, 0.9) for a, s in (("adaptive", "slices"), ("oracle", "told")) for p in (30.0, 40.0)]
+    (*_, oracle) = adversaries.summarise(comparison(twins))
+    assert (oracle.adversary, oracle.strategy, oracle.images) == ("oracle", "slices", 2)
+
+
 def test_success_needs_both_figures() -> None:
     found = {(r.defense, r.adversary): r.success.value for r in adversaries.summarise(comparison(ROWS))}
     assert found["none", "naive"] == 1 and found["gc", "adaptive"] == 1
