@@ -61,13 +61,18 @@ class CheckpointFolder:
                 log.warning("%s is not a checkpoint of this run (%s); using the one before it", path, error)
         return None
 
+    def adopt(self) -> None:
+        """Make the checkpoints that lie here this run's, whoever's they were."""
+        for path in self._files():
+            self.save(self._load(path, foreign=True))
+
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.safetensors"))
 
-    def _load(self, path: Path) -> Checkpoint:
+    def _load(self, path: Path, foreign: bool = False) -> Checkpoint:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata["fingerprint"] != self.fingerprint:
+            if metadata["fingerprint"] != self.fingerprint and not foreign:
                 raise ValueError("it belongs to another experiment")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Checkpoint(int(metadata["rounds_done"]), state, json.loads(metadata["history"]))

@@ -49,7 +49,24 @@ class MedianConfig(Schema):
     """Rounds before which no trial is stopped."""
 
 
-SchedulerConfig = Annotated[FifoConfig | AshaConfig | MedianConfig, Field(discriminator="name")]
+class PbtConfig(Schema):
+    """Population based training: the worst trials go on from the best ones' weights, with other settings.
+
+    Every axis that is drawn may change. A changed trial is a run of its own in MLflow; its first rounds are those
+    of the trial that it was copied from. Which trials meet depends on timing: results are not repeatable to the
+    bit, and an interrupted population starts again, each member from its last checkpoint.
+
+    Source: Jaderberg et al., "Population Based Training of Neural Networks", 2017.
+    """
+
+    name: Literal["pbt"] = "pbt"
+    interval: int = Field(default=20, ge=1)
+    """Rounds between comparisons, a multiple of `federation.evaluate_every`; checkpoints are written as often."""
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
+    """Share of the population that is replaced at a comparison, and that is copied."""
+
+
+SchedulerConfig = Annotated[FifoConfig | AshaConfig | MedianConfig | PbtConfig, Field(discriminator="name")]
 
 
 class RandomSearchConfig(Schema):
@@ -122,12 +139,17 @@ class SweepConfig(Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> "SweepConfig":
-        steered = isinstance(self.scheduler, AshaConfig | MedianConfig)
+        steered = isinstance(self.scheduler, AshaConfig | MedianConfig | PbtConfig)
         if steered and self.objectives[0].metric not in ROUND_METRICS:
             raise ValueError(
                 f"scheduler: {self.scheduler.name} stops trials by the first objective, which must be known every "
                 f"round ({', '.join(ROUND_METRICS)}), not {self.objectives[0].metric}"
             )
+        if isinstance(self.scheduler, PbtConfig):
+            if self.alternatives or isinstance(self.search, OptunaSearchConfig) or len(self.seeds) > 1:
+                raise ValueError("scheduler: pbt takes one space without alternatives, one seed and random search")
+            if not self.parsed_space().has_random:
+                raise ValueError("scheduler: pbt needs an axis that it may change (choice or an interval)")
         if isinstance(self.search, OptunaSearchConfig) and self.budget.trials is None:
             raise ValueError("budget.trials: optuna needs to know how many points to try")
         for metric in self.stop:
@@ -164,6 +186,8 @@ class SweepConfig(Schema):
         """Return the experiment at a point; ConfigError with the setting that is wrong."""
         settings = lay(merged(ExperimentConfig().to_dict(), self.experiment), point)
         settings |= {"seed": seed, "name": trial_name(point, seed), "tracking": self.tracking.model_dump()}
+        if isinstance(self.scheduler, PbtConfig):
+            settings["checkpoint_every"] = self.scheduler.interval
         if settings["runtime"]["workers"] == "auto":
             settings["runtime"]["workers"] = 1
         shown = ", ".join(f"{path}={value}" for path, value in point.items()) or "the base experiment"
@@ -224,6 +248,12 @@ def check_sweep(config: SweepConfig) -> None:
     tried = [] if adaptive else config.points()
     for point in [*space.corners(grid=adaptive), *tried]:
         experiment = config.experiment_at(point, config.seeds[0])
+        every = experiment.federation.evaluate_every
+        if isinstance(config.scheduler, PbtConfig) and config.scheduler.interval % every:
+            raise ConfigError(
+                f"scheduler.interval: it must be a multiple of federation.evaluate_every ({every}), "
+                f"got {config.scheduler.interval}"
+            )
         known = reported_metrics(experiment)
         for objective in config.objectives:
             if objective.metric not in known:

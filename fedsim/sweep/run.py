@@ -23,7 +23,15 @@ from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.runtime import Cluster
 from fedsim.errors import ConfigError
 from fedsim.simulation import prepare
-from fedsim.sweep.config import AshaConfig, MedianConfig, OptunaSearchConfig, SweepConfig, check_sweep
+from fedsim.sweep.config import (
+    AshaConfig,
+    MedianConfig,
+    OptunaSearchConfig,
+    PbtConfig,
+    SweepConfig,
+    check_sweep,
+)
+from fedsim.sweep.evolution import population
 from fedsim.sweep.outcomes import Outcome, OutcomeFolder, as_frame
 from fedsim.sweep.progress import StopRule, SweepProgress
 from fedsim.sweep.settle import settle
@@ -75,6 +83,7 @@ class Sweep:
                 "--storage: a cluster's nodes need a common place for checkpoints: a folder or s3://…"
             )
         self.adaptive = isinstance(self.config.search, OptunaSearchConfig)
+        self.evolving = isinstance(self.config.scheduler, PbtConfig)
         self.points = [] if self.adaptive else self.config.points()
         self.datasets: dict[str, Dataset] = {}
         samples = list(self.config.parsed_space().corners(grid=True))
@@ -152,7 +161,7 @@ class Sweep:
                 self._tuner(parent_run, search, space, trials, progress, rule).fit()
             if progress.done < trials and not rule.over:
                 raise KeyboardInterrupt
-        if self.adaptive:
+        if self.adaptive or self.evolving:
             return self.outcomes.every()
         return [self.outcomes.load(planned) for planned in self.plan]
 
@@ -190,7 +199,8 @@ class Sweep:
                 name=f"session-{time.time_ns()}",
                 storage_path=self._storage_path(),
                 failure_config=tune.FailureConfig(max_failures=self.config.retries),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                # In a population a trial may be told to go on from what another has just replaced.
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if self.evolving else 1),
                 stop=rule,
                 callbacks=[progress],
                 verbose=0,
@@ -212,11 +222,15 @@ class Sweep:
             file = self.folder / "optuna.db"
             search = OptunaPoints(config.parsed_space(), config.objectives, config.seeds, config.search, file)
             return search, {}, (config.budget.trials or 0) - search.finished
+        if self.evolving and len(self.outcomes.every()) < len(self.plan):
+            shutil.rmtree(self.outcomes.path, ignore_errors=True)
         rest = [
             {"point": planned.point, "seeds": list(planned.seeds)}
             for planned in self.plan
             if not self.outcomes.load(planned).done
         ]
+        if self.evolving and self.outcomes.every():
+            rest = []
         return None, {"trial": tune.grid_search(rest)}, len(rest)
 
     def _scheduler(self) -> TrialScheduler:
@@ -237,6 +251,8 @@ class Sweep:
             return MedianStoppingRule(
                 time_attr="round", metric=first.metric, mode=first.direction, grace_period=scheduler.grace_rounds
             )
+        if isinstance(scheduler, PbtConfig):
+            return population(self.config, scheduler)
         return FIFOScheduler()
 
     def _at_a_time(self) -> int:

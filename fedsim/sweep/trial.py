@@ -14,13 +14,14 @@ from ray import tune
 
 from fedsim.config import ExperimentConfig, RuntimeConfig
 from fedsim.data.datasets import Dataset, dataset_key
+from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.process import start_process
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import FedsimError
 from fedsim.progress import Reporter
-from fedsim.results import SimulationResult
+from fedsim.results import RunFolder, SimulationResult
 from fedsim.simulation import Simulation
-from fedsim.sweep.config import SweepConfig, point_id
+from fedsim.sweep.config import PbtConfig, SweepConfig, point_id
 from fedsim.sweep.metrics import ROUND_METRICS, final_metrics
 from fedsim.sweep.space import Point
 from fedsim.tracking import TrackedRun, Tracker
@@ -87,7 +88,7 @@ def _simulate(
     runtime = _runtime(config.runtime)
     runtime.share(dataset.fingerprint, reference)
     folder = context.run_folder(config.name)
-    _adopt_checkpoint(folder / "checkpoints")
+    _restore(config, folder, evolving=isinstance(context.config.scheduler, PbtConfig))
     tracker = _tracker(context)
     simulation = Simulation(
         config,
@@ -149,13 +150,21 @@ class TuneReporter(Reporter):
         self.checkpoint = checkpoint.parent
 
 
-def _adopt_checkpoint(folder: Path) -> None:
-    """Copy the checkpoints that Tune kept of this trial to where the simulation looks, if it finds none there."""
+def _restore(config: ExperimentConfig, folder: Path, evolving: bool) -> None:
+    """Lay the checkpoints that Tune has for this trial where the simulation looks, if nothing is there yet.
+
+    So it is on a node that has not run the trial before, and in a population, where the checkpoint is that of
+    another trial with other settings (`evolving`) and is made this one's.
+    """
     kept = tune.get_checkpoint()
     if kept is None or folder.exists():
         return
+    RunFolder(folder).claim(config)
+    checkpoints = CheckpointFolder(folder / "checkpoints", config.fingerprint())
     with kept.as_directory() as directory:
-        shutil.copytree(directory, folder)
+        shutil.copytree(directory, checkpoints.folder)
+    if evolving:
+        checkpoints.adopt()
 
 
 _held: dict[str, Runtime] = {}

@@ -59,3 +59,14 @@ def test_a_full_disk_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypat
         write_atomically(target, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_bytes() == b"old"
+
+
+def test_adopted_checkpoints_are_this_runs(tmp_path: Path) -> None:
+    theirs = CheckpointFolder(tmp_path, "theirs")
+    theirs.save(checkpoint(2))
+    theirs.save(checkpoint(4))
+    mine = CheckpointFolder(tmp_path, "mine")
+    mine.adopt()
+    found = mine.latest()
+    assert found is not None and found.rounds_done == 4 and found.history == checkpoint(4).history
+    assert theirs.latest() is None

@@ -51,6 +51,16 @@ def written(tmp_path: Path, data: dict[str, Any]) -> Path:
         ({"space": {"federation.learning_rate": {"uniform": [0.1, 1]}}}, "random axes"),
         ({"stop": {"PSNR": 3}}, "not reported every round"),
         ({"seeds": []}, "seeds"),
+        ({"scheduler": {"name": "pbt"}}, "pbt needs an axis that it may change"),
+        ({"scheduler": {"name": "pbt"}, "alternatives": [{}]}, "without alternatives"),
+        (
+            {
+                "scheduler": {"name": "pbt", "interval": 7},
+                "space": {"seed": {"choice": [1]}},
+                "budget": {"trials": 1},
+            },
+            "multiple of federation.evaluate_every \\(10\\), got 7",
+        ),
         ({"sapce": {}}, "did you mean 'space'"),
         ({"base": "missing.yaml"}, "cannot be read"),
         (

@@ -15,8 +15,12 @@ import psutil
 import pytest
 import yaml
 
+# Generous, for machines that do other work: a sweep starts half a dozen processes that each import PyTorch.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+
 TINY: dict[str, Any] = {
     "name": "tiny",
+    "concurrent": 1,
     "experiment": {
         "federation": {"rounds": 6, "clients": 20, "clients_per_round": 6, "evaluate_every": 2},
         "attacks": [{"name": "dlg", "iterations": 20}],
@@ -69,10 +73,9 @@ def mlflow_runs(folder: Path) -> pd.DataFrame:
     )  # fmt: skip
 
 
-@pytest.mark.ray
 def test_a_sweep_is_logged_and_a_resume_does_nothing_twice(tmp_path: Path) -> None:
     first = start(tmp_path, TINY)
-    output, _ = first.communicate(timeout=240)
+    output, _ = first.communicate(timeout=600)
     assert first.returncode == 0, output
     assert "3/3 " in output and "No other point beats these" in output
 
@@ -92,28 +95,26 @@ def test_a_sweep_is_logged_and_a_resume_does_nothing_twice(tmp_path: Path) -> No
     refused, _ = again.communicate(timeout=60)
     assert again.returncode == 2 and "--resume goes on with it" in refused
     resumed = start(tmp_path, TINY, "--resume")
-    output, _ = resumed.communicate(timeout=120)
+    output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0 and "1/3" not in output, output
     assert len(mlflow_runs(tmp_path)) == len(runs)
 
 
-def wait_for(condition: Any, seconds: float = 150) -> None:
+def wait_for(condition: Any, seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
 
 
-@pytest.mark.ray
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     long = json.loads(json.dumps(TINY))
     long["experiment"]["federation"]["rounds"] = 30
-    long["concurrent"] = 1
     for folder in (whole, broken):
         folder.mkdir()
     undisturbed = start(whole, long)
-    assert undisturbed.wait(timeout=240) == 0
+    assert undisturbed.wait(timeout=600) == 0
 
     victim = start(broken, long)
     outcomes, trials = broken / "out/tiny/outcomes", broken / "out/tiny/trials"
@@ -125,7 +126,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not left, "Ray's processes end with their driver"
 
     resumed = start(broken, long, "--resume")
-    output, _ = resumed.communicate(timeout=240)
+    output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     assert "2/2 " in output, "the finished trial is not run again"
 
@@ -138,7 +139,6 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (runs["tag.fedsim.kind"] == "trial").sum() == 3 and (runs["status"] == "FINISHED").all()
 
 
-@pytest.mark.ray
 def test_optuna_searches_a_conditional_space_and_resumes(tmp_path: Path) -> None:
     sweep = {
         **TINY,
@@ -153,10 +153,10 @@ def test_optuna_searches_a_conditional_space_and_resumes(tmp_path: Path) -> None
         "seeds": [0, 1],
     }
     first = start(tmp_path, sweep)
-    output, _ = first.communicate(timeout=240)
+    output, _ = first.communicate(timeout=600)
     assert first.returncode == 0, output
     more = start(tmp_path, {**sweep, "budget": {"trials": 5}}, "--resume")
-    output, _ = more.communicate(timeout=240)
+    output, _ = more.communicate(timeout=600)
     assert more.returncode == 0 and "2/2 " in output, output
     table = pd.read_csv(tmp_path / "out/tiny/trials.csv")
     assert len(table) <= 5 and (table["status"] == "finished").all() and set(table["seeds"]) == {"0 1"}
@@ -164,7 +164,6 @@ def test_optuna_searches_a_conditional_space_and_resumes(tmp_path: Path) -> None
     assert (trials["tag.fedsim.kind"] == "trial").sum() == 2 * len(table)
 
 
-@pytest.mark.ray
 def test_a_trial_that_fails_says_why_and_the_rest_go_on(tmp_path: Path) -> None:
     sweep = {
         **TINY,
@@ -173,14 +172,13 @@ def test_a_trial_that_fails_says_why_and_the_rest_go_on(tmp_path: Path) -> None:
         "objectives": [{"metric": "ACC", "direction": "max"}],
     }
     failing = start(tmp_path, sweep)
-    output, _ = failing.communicate(timeout=240)
+    output, _ = failing.communicate(timeout=600)
     assert failing.returncode == 1, output
     assert "fewer than federation.min_clients" in output and "2/2 " in output
     table = pd.read_csv(tmp_path / "out/tiny/trials.csv").set_index("federation.learning_rate")
     assert table["status"].to_dict() == {0.1: "finished", 1e30: "failed"}
 
 
-@pytest.mark.ray
 def test_a_trial_whose_process_dies_goes_on_and_a_stop_rule_ends_it(tmp_path: Path) -> None:
     sweep = {
         "name": "tiny",
@@ -195,12 +193,37 @@ def test_a_trial_whose_process_dies_goes_on_and_a_stop_rule_ends_it(tmp_path: Pa
     wait_for(lambda: list(trials.glob("*/checkpoints/round-*")) or running.poll() is not None)
     (victim,) = [p for p in psutil.Process(running.pid).children(recursive=True) if "ImplicitFunc" in p.name()]
     victim.kill()
-    output, _ = running.communicate(timeout=240)
+    output, _ = running.communicate(timeout=600)
     assert running.returncode == 0 and "(stopped early)" in output, output
     runs = mlflow_runs(tmp_path)
     (trial,) = [run for _, run in runs.iterrows() if run["tag.fedsim.kind"] == "trial"]
     assert trial["rounds"] == 40, "every round once"
     assert (trial["status"], trial["tag.fedsim.stopped"]) == ("FINISHED", "40")
     resumed = start(tmp_path, sweep, "--resume")
-    output, _ = resumed.communicate(timeout=120)
+    output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0 and "1/1" not in output, "what was stopped is not run again"
+
+
+def test_a_population_goes_on_from_its_best(tmp_path: Path) -> None:
+    sweep = {
+        "name": "tiny",
+        "concurrent": 1,
+        "experiment": {
+            "federation": {"rounds": 12, "clients": 20, "clients_per_round": 6, "evaluate_every": 2},
+            "model": {"init": "uniform"},
+        },
+        "space": {"federation.learning_rate": {"loguniform": [1e-6, 0.1]}},
+        "budget": {"trials": 4},
+        "objectives": [{"metric": "loss", "direction": "min"}],
+        "scheduler": {"name": "pbt", "interval": 4, "quantile": 0.5},
+    }
+    evolving = start(tmp_path, sweep)
+    output, _ = evolving.communicate(timeout=600)
+    assert evolving.returncode == 0, output
+    table = pd.read_csv(tmp_path / "out/tiny/trials.csv")
+    assert (table["status"] == "finished").all() and len(table) >= 2
+    assert table["federation.learning_rate"].between(1e-6, 0.1).all()
+    folders = list((tmp_path / "out/tiny/trials").iterdir())
+    assert len(folders) > 4, "some member has taken other settings"
+    for row in (tmp_path / "out/tiny/trials").glob("*/rounds.csv"):
+        assert pd.read_csv(row)["round"].tolist() == list(range(12)), "copied rounds are part of the history"
