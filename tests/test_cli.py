@@ -119,7 +119,14 @@ def test_an_interrupted_comparison_keeps_its_cells_and_resumes_the_rest(tiny: Pa
     command = [sys.executable, "-m", "fedsim", "compare", "--preset", str(tiny), "--output", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = out / "tiny" / "cells" / "dga-digits-none-seed0" / "result.json"
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 200
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -159,9 +159,12 @@ def _restore(config: ExperimentConfig, folder: Path, evolving: bool) -> None:
     kept = tune.get_checkpoint()
     if kept is None or folder.exists():
         return
-    RunFolder(folder).claim(config)
-    checkpoints = CheckpointFolder(folder / "checkpoints", config.fingerprint())
     with kept.as_directory() as directory:
+        # Of a trial with several seeds it may be that of another seed.
+        if not evolving and CheckpointFolder(Path(directory), config.fingerprint()).latest() is None:
+            return
+        RunFolder(folder).claim(config)
+        checkpoints = CheckpointFolder(folder / "checkpoints", config.fingerprint())
         shutil.copytree(directory, checkpoints.folder)
     if evolving:
         checkpoints.adopt()
