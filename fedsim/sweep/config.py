@@ -152,9 +152,7 @@ class SweepConfig(Schema):
             if not axes or not all(isinstance(axis, Interval) and axis.step is None for axis in axes):
                 raise ValueError("scheduler: pbt needs axes that it may change a little: uniform or loguniform")
             if self.concurrent:
-                raise ValueError(
-                    "concurrent: a population trains as many members at a time as the cluster holds"
-                )
+                raise ValueError("concurrent: a population trains as many members at a time as the cluster holds")
         if isinstance(self.search, OptunaSearchConfig) and self.budget.trials is None:
             raise ValueError("budget.trials: optuna needs to know how many points to try")
         for metric in self.stop:
