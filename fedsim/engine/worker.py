@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.engine import chunks
+from fedsim.engine import chunks, probes
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.process import start_process
 from fedsim.engine.session import Session
@@ -55,9 +55,9 @@ class ClientWorker:
     def probe(
         self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]
     ) -> Payload:
-        """See `chunks.probe`."""
+        """See `probes.probe`."""
         session = self._session(handle)
-        return chunks.probe(session, self._tensor(weights), self._tensors(public), round_, victims)
+        return probes.probe(session, self._tensor(weights), self._tensors(public), round_, victims)
 
     def evaluate(
         self, handle: Handle, weights: Array, statistics: Array, start: int, stop: int

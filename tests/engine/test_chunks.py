@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fedsim.data.datasets import DigitsConfig, load_dataset
-from fedsim.engine import chunks
+from fedsim.engine import chunks, probes
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
@@ -22,9 +22,9 @@ def probed() -> tuple[Session, torch.Tensor, chunks.Payload, torch.Tensor]:
     server.prepare(0)
     session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
     weights, victims = server.optimizer.weights, prepared.victims[0]
-    payload = chunks.probe(session, weights, server.public, 0, victims)
+    payload = probes.probe(session, weights, server.public, 0, victims)
     bare = Session(prepare(small_experiment(audit=audit), prepared.dataset).spec, prepared.dataset, session.device)
-    clean = chunks.probe(bare, weights, {}, 0, victims)
+    clean = probes.probe(bare, weights, {}, 0, victims)
     return session, weights, payload, torch.from_numpy(clean.gradients)
 
 
