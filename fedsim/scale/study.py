@@ -16,7 +16,7 @@ from fedsim import environment
 from fedsim.config import read_yaml
 from fedsim.data.datasets import load_dataset
 from fedsim.engine.checkpoints import write_atomically
-from fedsim.engine.runtime import local_cpus
+from fedsim.engine.runtime import Cluster, local_cpus
 from fedsim.errors import ConfigError
 from fedsim.progress import Reporter
 from fedsim.scale.cost_model import Point
@@ -123,50 +123,59 @@ class ScaleStudy:
         return self.table
 
     def _measure_pending(self, tracker: Tracker | None, parent: TrackedRun | None) -> None:
-        actors = set(self.config.actor_cells())
-        fitting = self._fitting(self.pending())
+        actors, pending = set(self.config.actor_cells()), self.pending()
         # One actor a client needs many more processes: they are started for these cells alone.
-        for part in ([c for c in fitting if c not in actors], [c for c in fitting if c in actors]):
-            if part:
-                workers = max(cell.workers for cell in part)
-                runtime = self.config.experiment.runtime
-                with started(runtime, workers, self.address, self.config.nodes) as pool:
-                    for size, cells in groupby(sorted(part), key=lambda cell: cell.clients):
-                        group = list(cells)
-                        self.reporter.note(f"{size} clients: {', '.join(cell.title for cell in group)}")
-                        rounds, rows = measure(group, self.workload, pool, self.reporter.note)
-                        self._keep(rounds, rows)
-                        self._track(rounds, rows, tracker, parent)
+        for part in ([c for c in pending if c not in actors], [c for c in pending if c in actors]):
+            fitting = self._fitting(part)
+            if not fitting:
+                continue
+            workers = max(cell.workers for cell in fitting)
+            with started(self.config.experiment.runtime, workers, self.address, self.config.nodes) as pool:
+                for size, cells in groupby(sorted(fitting), key=lambda cell: cell.clients):
+                    group = list(cells)
+                    self.reporter.note(f"{size} clients: {', '.join(cell.title for cell in group)}")
+                    rounds, rows = measure(group, self.workload, pool, self.reporter.note)
+                    self._keep(rounds, rows)
+                    self._track(rounds, rows, tracker, parent)
 
     def _fitting(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells that there is room for, by the size of one worker; name the others in `left_out`."""
-        if not cells:
-            return []
-        free = psutil.virtual_memory().available
-        widest = max(cells, key=lambda cell: cell.clients_per_chunk)
+        if not self.address and all(cell.workers <= local_cpus() for cell in cells):
+            return list(cells)
+        worker, server = self._process_bytes()
+        free, cpus = psutil.virtual_memory().available, None
+        if self.address:
+            with Cluster(self.address):
+                resources = ray.cluster_resources()
+            free, cpus = int(resources.get("memory", 0)), int(resources.get("CPU", 1))
+        room = USABLE_MEMORY * free - server - self.config.nodes * NODE_BYTES
+        bound, reason = max(1, int(room / worker)), "memory has room for"
+        self.reporter.note(
+            f"a worker takes {worker / 2**20:.0f} MiB: {free / 2**30:.1f} GiB available are room for {bound}"
+        )
+        if cpus is not None and cpus < bound:
+            bound, reason = cpus, "the cluster has CPUs for"
+        for cell in cells:
+            if cell.workers > bound:
+                self.left_out.append(f"{cell.title}: {cell.workers} workers, {reason} {bound}")
+                self.reporter.note(f"left out: {self.left_out[-1]}")
+        return [cell for cell in cells if cell.workers <= bound]
+
+    def _process_bytes(self) -> tuple[float, float]:
+        """Return the unique memory of a worker and of the server: the largest measured, or of a trial."""
+        if not self.table.empty:
+            return float(self.table["worker_bytes_max"].max()), float(self.table["server_bytes"].max())
+        widest = max(self.pending(), key=lambda cell: cell.clients_per_chunk)
         few = min(widest.clients, 2 * widest.clients_per_chunk)
         with started(self.config.experiment.runtime, 1, self.address) as pool:
-            cpus = int(ray.cluster_resources().get("CPU", 1))
-            if self.address:
-                free = int(ray.cluster_resources().get("memory", free))
-            alone = Cell(few, 1, widest.clients_per_chunk, widest.defense)
-            measure([alone], self._briefly(), pool, self.reporter.note)
+            measure(
+                [Cell(few, 1, widest.clients_per_chunk, widest.defense)],
+                self._briefly(),
+                pool,
+                self.reporter.note,
+            )
             memory = pool.memory(1)
-        room = USABLE_MEMORY * free - memory["server_bytes"] - self.config.nodes * NODE_BYTES
-        bound = max(1, int(room / memory["worker_bytes"]))
-        self.reporter.note(
-            f"a worker takes {memory['worker_bytes'] / 2**20:.0f} MiB; with {free / 2**30:.1f} GiB available "
-            f"there is room for {bound}"
-        )
-        where = f"memory has room for {bound}"
-        if self.address and cpus < bound:
-            bound, where = cpus, f"the cluster has {cpus} CPUs"
-        self.left_out = [
-            f"{cell.title}: {cell.workers} workers, {where}" for cell in cells if cell.workers > bound
-        ]
-        for line in self.left_out:
-            self.reporter.note(f"left out: {line}")
-        return [cell for cell in cells if cell.workers <= bound]
+        return memory["worker_bytes"], memory["server_bytes"]
 
     def _briefly(self) -> Workload:
         brief = self.config.model_copy(update={"rounds": 1, "warmup": 0})
