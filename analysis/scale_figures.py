@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from analysis.names import look
 from analysis.scale_tables import speed_up
@@ -39,6 +40,7 @@ def draw_round_time(table: pd.DataFrame, config: ScaleConfig, points: dict[str, 
     figure = new_figure(1.4 + 3.3 * len(config.defenses), 3.4)
     axes = figure.subplots(1, len(config.defenses), squeeze=False, sharey=True)[0]
     strong, actors = _strong(table, config), grid_rows(table, config.actor_cells())
+    sizes = sorted({*strong["clients"], *(actors["clients"] if len(actors) else ())})
     for panel, defense in zip(axes, config.defenses, strict=True):
         own = strong[strong["defense"] == defense]
         for colour, (workers, curve) in zip(WORKER_COLOURS, _by(own, "workers"), strict=False):
@@ -50,7 +52,11 @@ def draw_round_time(table: pd.DataFrame, config: ScaleConfig, points: dict[str, 
         panel.set_title(look(defense, config.defenses).short)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.set_xlabel("clients a round")
+    axes[0].plot([], [], color=FAINT, linewidth=1, label="cost model")
     axes[0].set_ylabel("round time, s")
     handles = {h.get_label(): h for panel in axes for h in panel.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
@@ -79,7 +85,7 @@ def _fitted(panel: Axes, rows: pd.DataFrame, points: Sequence[Point], colour: st
         return
     model, by_time = fit(points), {point.seconds: point for point in points}
     fitted = [model.predict(by_time[float(seconds)]) for seconds in rows["seconds"]]
-    panel.plot(rows["clients"], fitted, color=colour, linewidth=1, alpha=0.6, label="cost model")
+    panel.plot(rows["clients"], fitted, color=colour, linewidth=1, alpha=0.6)
 
 
 def draw_speed_up(table: pd.DataFrame, config: ScaleConfig) -> Figure | None:

@@ -19,6 +19,8 @@ WORKERS_PER_NODE = 32
 LARGE = 10_000
 """A cohort that is always extrapolated to."""
 MIB = 2**20
+INLINE_BYTES = 100 * 1024
+"""Ray sends smaller values within the call (`max_direct_call_object_size`)."""
 CELL = ("clients", "workers", "clients_per_chunk", "defense")
 HEADINGS = ("clients", "workers", "a chunk", "defense")
 
@@ -34,9 +36,9 @@ class Section:
 
 
 def speed_up(table: pd.DataFrame) -> pd.Series:
-    """Return how much faster each cell is than the same with the fewest workers; 1 for that one itself."""
-    same = ["clients", "clients_per_chunk", "defense"]
-    first = table.sort_values("workers").groupby(same)["seconds"].transform("first")
+    """Return how much faster each cell is than the same with the fewest workers; NaN where there is no other."""
+    groups = table.sort_values("workers").groupby(["clients", "clients_per_chunk", "defense"])["seconds"]
+    first = groups.transform("first").where(groups.transform("size") > 1)
     return first.reindex(table.index) / table["seconds"]
 
 
@@ -44,12 +46,19 @@ def sections(
     table: pd.DataFrame, config: ScaleConfig, points: dict[str, list[Point]], left_out: Sequence[str]
 ) -> list[Section]:
     """Return all tables of a study."""
-    ordered = table.sort_values(["defense", "clients", "workers", "clients_per_chunk"])
+    place = {defense: at for at, defense in enumerate(config.defenses)}
+    ordered = table.sort_values(["clients", "workers", "clients_per_chunk"]).sort_values(
+        "defense", key=lambda names: names.map(place), kind="stable"
+    )
     return [_times(ordered, left_out), _parts(ordered), _memory(ordered), *_model(ordered, config, points)]
 
 
 def _cell(row: pd.Series) -> list[str]:
     return [f"{row[name]:,}" if name != "defense" else str(row[name]) for name in CELL]
+
+
+def _optional(value: float, form: str) -> str:
+    return "" if pd.isna(value) else format(value, form)
 
 
 def _times(table: pd.DataFrame, left_out: Sequence[str]) -> Section:
@@ -60,8 +69,8 @@ def _times(table: pd.DataFrame, left_out: Sequence[str]) -> Section:
             f"{row['seconds_low']:.4g} – {row['seconds_high']:.4g}",
             f"{row['rounds']}",
             f"{row['clients'] / row['seconds']:.0f}",
-            f"{row['speed_up']:.2f}",
-            "" if pd.isna(row["over_none"]) else f"{row['over_none']:+.1%}",
+            _optional(row["speed_up"], ".2f"),
+            _optional(row["over_none"], "+.1%"),
         ]
         for _, row in table.assign(speed_up=speed_up(table)).iterrows()
     ]
@@ -92,19 +101,25 @@ def _memory(table: pd.DataFrame) -> Section:
         [
             *_cell(row),
             *(f"{row[name] / MIB:.0f}" for name in memory),
-            f"{row['store_bytes_round'] / MIB:.2f}",
-            f"{row['clients'] * row['weights_bytes'] / MIB:.2f}",
-            f"{row['uploaded_bytes'] / MIB:.2f}",
+            *(f"{value / MIB:.2f}" for value in _moved(row)),
         ]
         for _, row in table.iterrows()
     ]
-    columns = (*HEADINGS, "worker", "largest", "server", "driver", "store", "to store", "weights", "uploads")
+    columns = (*HEADINGS, "worker", "largest", "server", "driver", "store", "to store", "out", "sums", "uploads")
     notes = [
         "MiB. Processes: memory that no other process shares, after the last round. Store: held in the object "
-        "stores of all nodes then, and put there by a round (Ray passes what is under 100 KiB beside the store).",
-        "Weights and uploads: what a round of a real federation with these clients moves, down and up.",
+        "stores of all nodes then, and put there by a round, as Ray counts it.",
+        "Out and sums: weights to the nodes and chunk sums back, by size; weights under 100 KiB travel with "
+        "each chunk instead, beside the store. Uploads: what the clients of a real federation would send.",
     ]
     return Section("Memory and bytes", columns, rows, notes)
+
+
+def _moved(row: pd.Series) -> tuple[float, float, float, float]:
+    """Return the bytes of a round: put into the stores, weights out, sums back, and uploads of real clients."""
+    weights, chunks = row["weights_bytes"], row["chunks"]
+    copies = chunks if weights < INLINE_BYTES else row["nodes"]
+    return row["store_bytes_round"], copies * weights, chunks * weights, row["uploaded_bytes"]
 
 
 def _model(table: pd.DataFrame, config: ScaleConfig, points: dict[str, list[Point]]) -> Iterator[Section]:
@@ -122,7 +137,9 @@ def _model(table: pd.DataFrame, config: ScaleConfig, points: dict[str, list[Poin
     ]
     formula = "T = fixed + per client · clients of the busiest worker + per chunk · chunks, fitted on all sizes."
     yield Section("Cost model, ms", ("defense", "fixed", "per client", "per chunk"), rows, [formula])
-    yield _held_out(points)
+    checked = _held_out(points)
+    if checked.rows:
+        yield checked
     yield _cluster(table, config, models)
 
 

@@ -170,16 +170,17 @@ def _round(cell: Cell, federation: Federation, number: int) -> MeasuredRound:
 
 
 def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> dict[str, Any]:
-    """Return a cell's row: medians over its rounds, with quartiles of the round time."""
+    """Return a cell's row: the median round time, with quartiles, divided by the mean share of each part."""
     own = of_cell(rounds, cell)
+    seconds = own["seconds"].median()
     return {
         **describe(cell),
         "nodes": pool.nodes(cell.workers),
         "rounds": len(own),
-        "seconds": own["seconds"].median(),
+        "seconds": seconds,
         "seconds_low": own["seconds"].quantile(0.25),
         "seconds_high": own["seconds"].quantile(0.75),
-        **{f"{part}_seconds": own[f"{part}_seconds"].median() for part in PARTS},
+        **{f"{part}_seconds": seconds * (own[f"{part}_seconds"] / own["seconds"]).mean() for part in PARTS},
         "over_none": _over_none(cell, rounds),
         "weights_bytes": workload.weights_bytes,
         "upload_bytes": own["upload_bytes"].mean(),

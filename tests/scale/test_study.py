@@ -8,7 +8,7 @@ from rich.console import Console
 from fedsim.cli import run
 from fedsim.engine.runtime import Runtime
 from fedsim.scale.grid import Cell, parse_scale
-from fedsim.scale.measure import Pool, measure, of_cell
+from fedsim.scale.measure import PARTS, Pool, measure, of_cell
 from fedsim.scale.study import ScaleStudy, points
 from tests.test_cli import fails
 
@@ -91,8 +91,9 @@ def _check_figures(table: pd.DataFrame, rounds: pd.DataFrame) -> None:
         cell = Cell(*(row[name] for name in ("clients", "workers", "clients_per_chunk", "defense")))
         own = of_cell(rounds, cell)
         assert row["seconds"] == pytest.approx(own["seconds"].median())
-        parts = own[[c for c in own if c.endswith("_seconds")]].sum(axis=1)
-        assert parts.to_numpy() == pytest.approx(own["seconds"].to_numpy(), rel=1e-6)
+        parts = [f"{part}_seconds" for part in PARTS]
+        assert own[parts].sum(axis=1).to_numpy() == pytest.approx(own["seconds"].to_numpy(), rel=1e-6)
+        assert sum(row[part] for part in parts) == pytest.approx(row["seconds"], rel=1e-6)
         assert row["weights_bytes"] == row["upload_bytes"], "no defense here sends less than a gradient"
         assert row["uploaded_bytes"] == row["clients"] * row["upload_bytes"]
         assert row["worker_bytes"] > 50 * 2**20
@@ -145,7 +146,6 @@ def test_tables_of_a_study_without_enough_sizes_leave_the_model_out() -> None:
 def synthetic(cells: list[Cell]) -> pd.DataFrame:
     """Rows as a study writes them, 10 ms a client of the busiest worker."""
     from fedsim.scale.grid import describe
-    from fedsim.scale.measure import PARTS
 
     made = []
     for cell in cells:
@@ -153,6 +153,7 @@ def synthetic(cells: list[Cell]) -> pd.DataFrame:
         row = {**describe(cell), "seconds": seconds, "seconds_low": seconds, "seconds_high": seconds, "rounds": 3}
         row |= {f"{part}_seconds": seconds / len(PARTS) for part in PARTS}
         names = ("worker_bytes", "worker_bytes_max", "server_bytes", "driver_bytes", "store_bytes_held")
+        row["nodes"] = 1
         row |= dict.fromkeys((*names, "store_bytes_round", "weights_bytes", "uploaded_bytes"), 2.0**20)
         made.append({**row, "over_none": float("nan")})
     return pd.DataFrame(made)
