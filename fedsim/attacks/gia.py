@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
-from fedsim.attacks.distances import AbsoluteError, LayerCosine
-from fedsim.attacks.gradient_matching import CosineDistance, Distance, GradientMatching, Targets, loss_at
+from fedsim.attacks.distances import AbsoluteError, CosineDistance, Distance, LayerCosine, Targets
+from fedsim.attacks.gradient_matching import GradientMatching, loss_at
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
