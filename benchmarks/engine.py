@@ -33,7 +33,8 @@ import torch
 from benchmarks.peers.workload import BATCH, CLIENTS, IMAGES, RATE, Clients, LeNet, labels, pixels, train
 from fedsim.config import ExperimentConfig, parse_config
 from fedsim.data.datasets import Dataset
-from fedsim.engine.federation import Federation, measure_overhead
+from fedsim.engine.federation import Federation
+from fedsim.engine.overhead import measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.simulation import prepare
 
