@@ -165,9 +165,9 @@ def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) 
         payload,
         gradients=observation.gradients.cpu().numpy(),
         trust=None if observation.trust is None else observation.trust.cpu().numpy(),
-        repeats=None,
+        repeats=payload.repeats if job.strategy in strategies.REMATCHED else None,
     )
-    return attack.reconstruct(observation).cpu(), seen
+    return strategies.armed(job.strategy, observation, attack).reconstruct(observation).cpu(), seen
 
 
 def matching_loss(
@@ -175,7 +175,7 @@ def matching_loss(
 ) -> Tensor | None:
     """Return the attack's loss at the private images, shape [N]: for the audit, never for an attack."""
     observation = _observation(session, weights, payload, job)
-    attack = session.spec.config.attacks[job.attack].build()
+    attack = strategies.armed(job.strategy, observation, session.spec.config.attacks[job.attack].build())
     loss = attack.matching_loss(observation, images.to(session.device), labels.to(session.device))
     return None if loss is None else loss.detach().cpu()
 

@@ -28,6 +28,10 @@ class ClientWorker:
         """Start on the GPU that Ray gave this actor, or on one CPU thread; `sys_path` finds users' modules."""
         start_process(sys_path)
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+        if 0 < share < 1:
+            # Its own part of the memory: else one worker's cache could leave the others of this GPU none.
+            torch.cuda.set_per_process_memory_fraction(share)
         self._sessions: dict[str, Session] = {}
 
     def pid(self) -> int:

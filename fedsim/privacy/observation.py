@@ -56,12 +56,12 @@ class Payload:
 
     @classmethod
     def join(cls, parts: "list[Payload]") -> "Payload":
-        """Put the payloads of several shards of victims one after the other; they have no repeats any more."""
+        """Put the payloads of several shards of victims one after the other."""
         first = parts[0]
         return cls(
             np.concatenate([part.gradients for part in parts]),
             np.concatenate([part.statistics for part in parts]),
-            None,
+            None if first.repeats is None else np.concatenate([r for p in parts if (r := p.repeats) is not None]),
             first.public,
             {name: np.concatenate([part.secrets[name] for part in parts]) for name in first.secrets},
             None if first.trust is None else np.concatenate([t for p in parts if (t := p.trust) is not None]),

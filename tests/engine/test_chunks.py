@@ -65,3 +65,18 @@ def test_the_loss_at_the_truth_is_measured_on_what_the_strategy_saw(probed) -> N
     assert loss is not None and float(loss.max()) < 1e-6, "the clean slices are matched exactly"
     plain = chunks.matching_loss(session, weights, payload, AttackJob(0, 1, None, (1, 2, 3)), images, labels)
     assert plain is not None and float(plain.min()) > 0.1
+
+
+def test_a_strategy_with_a_distance_of_its_own_is_judged_by_it(probed) -> None:  # type: ignore[no-untyped-def]
+    session, weights, payload, clean = probed
+    job = AttackJob(0, 1, None, (1, 2, 3), "adaptive", "laplace")
+    found, seen = chunks.attack(session, weights, payload, job)
+    loss = chunks.matching_loss(session, weights, chunks.Payload.join([seen]), job, found.images, found.labels)
+    victims = prepare(session.spec.config, session.dataset).victims[0]
+    truth = session.train_data.take(np.stack([victim.images for victim in victims]))
+    at_truth = chunks.matching_loss(session, weights, seen, job, *truth)
+    sent = np.concatenate([payload.gradients[:, None], payload.repeats], axis=1)
+    expected = np.abs(clean.numpy()[:, None] - sent).sum((1, 2)) / np.abs(sent).sum((1, 2))
+    assert at_truth is not None
+    np.testing.assert_allclose(at_truth.numpy(), expected, rtol=1e-4)
+    assert loss is not None and (loss - found.loss).abs().max() < 0.05

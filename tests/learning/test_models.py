@@ -100,6 +100,17 @@ def test_evaluation_uses_the_loaded_averages() -> None:
     assert torch.allclose(layer.eval()(images), expected, atol=1e-4)
 
 
+def test_statistics_are_those_that_training_reports_and_there_in_eval_mode_too() -> None:
+    model = Model(nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 8, 8), 3)
+    images = torch.rand(4, 2, 8, 8)
+    _, expected = model.logits_and_statistics(model.initial_weights(), images)
+    torch.testing.assert_close(model.statistics(model.initial_weights(), images), expected)
+    model.module.eval()
+    batch_norm.load_averages(model.module, expected)
+    torch.testing.assert_close(model.statistics(model.initial_weights(), images), expected)
+    assert not any(layer._forward_pre_hooks for layer in batch_norm.layers(model.module))
+
+
 def test_batched_gradients_with_batch_norm_equal_single_ones() -> None:
     model = build_model(ConvNet64Config(), (1, 28, 28), 10, seed=0)
     weights = model.initial_weights()
