@@ -2,11 +2,9 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from types import TracebackType
 from typing import Any
@@ -18,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
+from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError
@@ -54,13 +53,13 @@ class Cluster:
         Raises:
             ConfigError: If the cluster cannot be reached.
         """
-        self._temporary: str | None = None
+        self._scratch: Scratch | None = None
         common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
         if address is not None:
             check_address(address)
         else:
-            self._temporary = tempfile.mkdtemp(prefix="fedsim-")
-            common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
+            self._scratch = Scratch()
+            common |= {"_temp_dir": str(self._scratch.path), "num_cpus": max(local_cpus(), cpus)}
         try:
             ray.init(address=address or "local", namespace="fedsim", **common)
             if threading.current_thread() is threading.main_thread():
@@ -76,9 +75,9 @@ class Cluster:
     def close(self) -> None:
         """Stop the private Ray and remove its files, or leave the cluster."""
         ray.shutdown()
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        if self._scratch:
+            self._scratch.remove()
+            self._scratch = None
 
     def __enter__(self) -> "Cluster":
         """Return the cluster itself."""
