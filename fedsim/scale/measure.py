@@ -18,6 +18,7 @@ from fedsim.engine.federation import Federation, RoundRecord
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Cluster, Runtime
 from fedsim.scale.grid import Cell, Workload, describe
+from fedsim.scale.load import CpuTimes
 from fedsim.scale.nodes import LocalNodes
 
 WARM_CLIENTS = 1000
@@ -105,11 +106,12 @@ class StoreUse:
 
 @dataclass(frozen=True)
 class MeasuredRound:
-    """One round of a cell, and what it put into the object stores."""
+    """One round of a cell, what it put into the object stores, and others' share of the machine meanwhile."""
 
     cell: Cell
     record: RoundRecord
     store_bytes: int
+    others_cpu: float
 
     def row(self) -> dict[str, Any]:
         """Return the round as a row; local and defense time as a worker's mean."""
@@ -128,6 +130,7 @@ class MeasuredRound:
             **{f"{part}_seconds": seconds[part] for part in PARTS},
             "upload_bytes": record.upload_bytes,
             "store_bytes": self.store_bytes,
+            "others_cpu": self.others_cpu,
         }
 
 
@@ -164,9 +167,10 @@ def _open(stack: ExitStack, cell: Cell, workload: Workload, pool: Pool) -> Feder
 
 
 def _round(cell: Cell, federation: Federation, number: int) -> MeasuredRound:
-    before = StoreUse.now().created
+    store, cpu = StoreUse.now().created, CpuTimes.now()
     record = federation.run_round(number)
-    return MeasuredRound(cell, record, StoreUse.now().created - before)
+    others = CpuTimes.now().others_since(cpu)
+    return MeasuredRound(cell, record, StoreUse.now().created - store, others)
 
 
 def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> dict[str, Any]:
@@ -189,6 +193,7 @@ def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> di
         "store_bytes_held": StoreUse.now().held,
         **pool.memory(cell.workers),
         "startup_seconds": pool.startup_seconds,
+        "others_cpu": own["others_cpu"].mean(),
     }
 
 

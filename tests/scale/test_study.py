@@ -97,6 +97,7 @@ def _check_figures(table: pd.DataFrame, rounds: pd.DataFrame) -> None:
         assert row["weights_bytes"] == row["upload_bytes"], "no defense here sends less than a gradient"
         assert row["uploaded_bytes"] == row["clients"] * row["upload_bytes"]
         assert row["worker_bytes"] > 50 * 2**20
+        assert 0 <= row["others_cpu"] <= 1
         assert (row["defense"] == "none") == pd.isna(row["over_none"])
 
 
@@ -140,7 +141,9 @@ def test_tables_of_a_study_without_enough_sizes_leave_the_model_out() -> None:
     assert [section.title for section in found] == ["Round time", "Where the time goes", "Memory and bytes"]
     console = Console(file=io.StringIO(), width=150)
     print_sections(found, console)
-    assert "Left out: c9: no room." in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Left out: c9: no room." in printed
+    assert "busy with other things in 1 of 1 cells" in printed
 
 
 def synthetic(cells: list[Cell]) -> pd.DataFrame:
@@ -155,7 +158,7 @@ def synthetic(cells: list[Cell]) -> pd.DataFrame:
         names = ("worker_bytes", "worker_bytes_max", "server_bytes", "driver_bytes", "store_bytes_held")
         row["nodes"] = 1
         row |= dict.fromkeys((*names, "store_bytes_round", "weights_bytes", "uploaded_bytes"), 2.0**20)
-        made.append({**row, "over_none": float("nan")})
+        made.append({**row, "over_none": float("nan"), "others_cpu": 0.3 if cell.clients == 4 else 0.0})
     return pd.DataFrame(made)
 
 
