@@ -81,7 +81,7 @@ def _times(table: pd.DataFrame, left_out: Sequence[str]) -> Section:
             f"{row['clients'] / row['seconds']:.0f}",
             _optional(row["speed_up"], ".2f"),
             _optional(row["over_none"], "+.1%"),
-            f"{row['others_cpu']:.0%}",
+            _optional(row["others_cpu"], ".0%"),
         ]
         for _, row in table.assign(speed_up=speed_up(table)).iterrows()
     ]
@@ -184,7 +184,7 @@ def _cluster(table: pd.DataFrame, config: ScaleConfig, models: dict[str, CostMod
     columns = ("defense", "clients", "workers", "round s", "speed-up", "of ideal", "of it network s")
     notes = [
         "Predicted, not measured. Assumes: every worker has a core as fast as those measured; the fixed and the "
-        "per-chunk cost stay what they were on this machine; nothing else is shared; chunks as wide as in a run.",
+        "per-chunk cost stay what they were on this machine; nothing else is shared; chunks as in the study.",
         f"Network: {BYTES_PER_SECOND * 8 / 1e9:.0f} Gbit/s at the server, which carries the weights once a node "
         f"of {WORKERS_PER_NODE} workers and a sum a chunk, none of it hidden behind the work.",
     ]
