@@ -1,6 +1,6 @@
 """The commands of the command line, one file a subject. Heavy modules are imported when a command runs."""
 
-from fedsim.commands import attack, compare, reading, run, sweep
+from fedsim.commands import attack, compare, reading, run, scale, sweep
 from fedsim.commands.base import Command
 
 ALL = (
@@ -8,6 +8,7 @@ ALL = (
     Command("attack", "attack a gradient or update of your own", attack.attack_arguments, attack.attack),
     Command("compare", "the tables: defenses × attacks × data sets", compare.compare_arguments, compare.compare),
     Command("sweep", "a search over settings, on Ray Tune", sweep.sweep_arguments, sweep.sweep),
+    Command("scale", "round time against clients, workers and defense", scale.scale_arguments, scale.scale),
     Command(
         "tables", "print the tables of a comparison again, from MLflow", reading.reading_arguments, reading.tables
     ),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fedsim.data.datasets import DigitsConfig, load_dataset
-from fedsim.engine import chunks
+from fedsim.engine import chunks, probes
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
@@ -30,9 +30,9 @@ def probed() -> tuple[Session, torch.Tensor, chunks.Payload, torch.Tensor]:
     server.prepare(0)
     session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
     weights, victims = server.optimizer.weights, prepared.victims[0]
-    payload = chunks.probe(session, weights, server.public, 0, victims)
+    payload = probes.probe(session, weights, server.public, 0, victims)
     bare = Session(prepare(small_experiment(audit=audit), prepared.dataset).spec, prepared.dataset, session.device)
-    clean = chunks.probe(bare, weights, {}, 0, victims)
+    clean = probes.probe(bare, weights, {}, 0, victims)
     return session, weights, payload, torch.from_numpy(clean.gradients)
 
 
@@ -112,7 +112,7 @@ def test_gradinversion_compares_with_the_statistics_that_victims_sent() -> None:
     session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
     weights, victims = session.model.initial_weights(), prepared.victims[0]
     images, labels = session.train_data.take(np.stack([victim.images for victim in victims]))
-    payload = chunks.probe(session, weights, {}, 0, victims)
+    payload = probes.probe(session, weights, {}, 0, victims)
     job = AttackJob(0, 3, labels.numpy(), (1, 2))
     found, seen = chunks.attack(session, weights, payload, job)
     at_truth = chunks.matching_loss(session, weights, seen, job, images, labels)

@@ -1,0 +1,1 @@
+"""The scalability study: round time against clients, workers, chunk width and defense."""

@@ -1,0 +1,167 @@
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from fedsim.cli import run
+from fedsim.engine.runtime import Runtime
+from fedsim.scale.grid import Cell, parse_scale
+from fedsim.scale.measure import PARTS, Pool, measure, of_cell
+from fedsim.scale.study import ScaleStudy, points
+from tests.test_cli import fails
+
+TINY = ["scale", "federation.batch_size=8", "--clients", "4", "8", "--workers", "1", "2", "--rounds", "2"]
+TINY += ["--weak", "0", "--actors", "2", "3000", "--cluster", "1", "8"]
+
+
+def rows(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "scale.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--clients", "0"], "at least 1, got 0"),
+        (["--clients", "ten"], "invalid int value"),
+        (["--widths", "wide"], "'wide' is neither a number nor auto"),
+        (["--defenses", "gradefense"], "did you mean 'graddefense'"),
+        (["--images", "5000"], "cannot hold 5000 of"),
+        (["runtime.workers=3"], "use --workers"),
+        (["model.name=lenett"], "did you mean 'lenet'"),
+        (["--nodes", "2", "--address", "127.0.0.1:1"], "--nodes starts nodes on this machine"),
+        (["--address", "127.0.0.1:1", "tracking.uri=off"], "no Ray runtime"),
+    ],
+)
+def test_bad_input_gets_one_line_and_code_2_before_anything_is_measured(
+    arguments: list[str], fragment: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # Settings come first: an option takes all that follows.
+    settings = (
+        sorted(arguments, key=lambda text: "=" not in text) if "tracking.uri=off" in arguments else arguments
+    )
+    assert fragment in fails(["scale", *settings, "--output", str(tmp_path)], capsys)
+    assert not (tmp_path / "scale" / "scale.csv").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run([*TINY, "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    # 4 and 8 clients × 1 and 2 workers, 2 and 3,000 actors, each with two defenses.
+    assert "12 cells to measure" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_study_from_command_to_figures_and_its_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = [*TINY, "--output", str(out)]
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    assert "Extrapolated to a cluster" in printed
+    folder = out / "scale"
+    table = rows(folder)
+    assert len(table) == 10, "3,000 actors have no room anywhere"
+    assert "c3000-w3000-k1-none: 3000 workers, memory has room for" in (folder / "scale.md").read_text()
+    for name in ("round_time", "speed_up", "where_the_time_goes"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+    _check_figures(table, pd.read_csv(folder / "rounds.csv"))
+    _check_mlflow(out)
+
+    assert "--resume goes on" in fails(command, capsys)
+    assert "holds another study" in fails([*command, "--seed", "3", "--resume"], capsys)
+    # Two cells lost, as if it had been interrupted: only they are measured again.
+    lost = table[(table["clients"] == 8) & (table["workers"] == 2)].index
+    table.drop(lost).to_csv(folder / "scale.csv", index=False)
+    assert run([*command, "--resume"]) == 0
+    again = rows(folder)
+    assert len(again) == 10
+    kept = again.merge(table.drop(lost), on=list(table.columns), how="inner")
+    assert len(kept) == 8, "what was measured stays as it was"
+    _check_mlflow(out)
+
+
+def _check_figures(table: pd.DataFrame, rounds: pd.DataFrame) -> None:
+    assert len(rounds) == 10 * 2
+    for _, row in table.iterrows():
+        cell = Cell(*(row[name] for name in ("clients", "workers", "clients_per_chunk", "defense")))
+        own = of_cell(rounds, cell)
+        assert row["seconds"] == pytest.approx(own["seconds"].median())
+        parts = [f"{part}_seconds" for part in PARTS]
+        assert own[parts].sum(axis=1).to_numpy() == pytest.approx(own["seconds"].to_numpy(), rel=1e-6)
+        assert sum(row[part] for part in parts) == pytest.approx(row["seconds"], rel=1e-6)
+        assert row["weights_bytes"] == row["upload_bytes"], "no defense here sends less than a gradient"
+        assert row["uploaded_bytes"] == row["clients"] * row["upload_bytes"]
+        assert row["worker_bytes"] > 50 * 2**20
+        assert (row["defense"] == "none") == pd.isna(row["over_none"])
+
+
+def _check_mlflow(out: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{out}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("fedsim").experiment_id])
+    parents = [r for r in runs if r.data.tags["fedsim.kind"] == "scale"]
+    cells = [r for r in runs if r.data.tags["fedsim.kind"] == "scale_cell"]
+    assert (len(parents), len(cells)) == (1, 10), "a resume makes no second run"
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    for cell in cells:
+        assert cell.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert {"seconds", "local_seconds", "worker_bytes", "round_seconds"} <= set(cell.data.metrics)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_time_limit_leaves_each_cell_one_round_and_large_cohorts_need_no_warm_up(runtime: Runtime) -> None:
+    options = {"clients": [4], "workers": [1, 2], "weak": 0, "defenses": ["none"], "rounds": 3, "longest": 1e-9}
+    config = parse_scale(options, {"federation": {"batch_size": 4}}, "test")
+    study = ScaleStudy(config, Path("unused"))
+    notes: list[str] = []
+    rounds, table = measure(config.cells(), study.workload, Pool(runtime, 0.0), notes.append)
+    assert rounds["round"].tolist() == [1, 1], "round 0 warms up, and one round is measured whatever the limit"
+    assert [row["rounds"] for row in table] == [1, 1]
+    assert notes == ["4 clients: 1 of 3 rounds in the time allowed"]
+    fitted = points(pd.DataFrame(table), config, cores=1)["none"]
+    assert [point.workers for point in fitted] == [1, 1], "workers beyond the cores share them"
+
+
+def test_tables_of_a_study_without_enough_sizes_leave_the_model_out() -> None:
+    from analysis.scale_tables import print_sections, sections
+
+    config = parse_scale(
+        {"clients": [4], "workers": [1], "weak": 0, "defenses": ["none"], "actors": []}, {}, "test"
+    )
+    table = synthetic(config.cells())
+    found = sections(table, config, points(table, config), ["c9: no room"])
+    assert [section.title for section in found] == ["Round time", "Where the time goes", "Memory and bytes"]
+    console = Console(file=io.StringIO(), width=150)
+    print_sections(found, console)
+    assert "Left out: c9: no room." in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def synthetic(cells: list[Cell]) -> pd.DataFrame:
+    """Rows as a study writes them, 10 ms a client of the busiest worker."""
+    from fedsim.scale.grid import describe
+
+    made = []
+    for cell in cells:
+        seconds = 0.01 * cell.clients / cell.workers
+        row = {**describe(cell), "seconds": seconds, "seconds_low": seconds, "seconds_high": seconds, "rounds": 3}
+        row |= {f"{part}_seconds": seconds / len(PARTS) for part in PARTS}
+        names = ("worker_bytes", "worker_bytes_max", "server_bytes", "driver_bytes", "store_bytes_held")
+        row["nodes"] = 1
+        row |= dict.fromkeys((*names, "store_bytes_round", "weights_bytes", "uploaded_bytes"), 2.0**20)
+        made.append({**row, "over_none": float("nan")})
+    return pd.DataFrame(made)
+
+
+def test_speed_up_is_against_the_same_cohort_with_the_fewest_workers() -> None:
+    from analysis.scale_tables import speed_up
+
+    options = {"clients": [40, 80], "workers": [1, 2, 4], "widths": [2], "weak": 0, "defenses": ["none", "gc"]}
+    table = synthetic(parse_scale(options, {}, "test").cells()).sample(frac=1, random_state=0)
+    assert speed_up(table).to_numpy() == pytest.approx(table["workers"].to_numpy(dtype=float))
