@@ -3,9 +3,11 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -61,8 +63,13 @@ class Cluster:
             common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
         try:
             ray.init(address=address or "local", namespace="fedsim", **common)
-        except Exception as error:  # Ray raises a bare Exception when its processes are slow to start
+            if threading.current_thread() is threading.main_thread():
+                # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+        except BaseException as error:  # Ray raises a bare Exception when its processes are slow to start
             self.close()
+            if not isinstance(error, Exception):
+                raise
             where = address or "this machine"
             raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
 
