@@ -10,6 +10,7 @@ from rich.table import Table
 from fedsim.errors import RunError
 from fedsim.scale.cost_model import CostModel, Network, Point, extrapolate, fit, hold_out
 from fedsim.scale.grid import ScaleConfig
+from fedsim.scale.load import BUSY
 from fedsim.scale.measure import PARTS
 
 BYTES_PER_SECOND = 1.25e9
@@ -57,6 +58,15 @@ def _cell(row: pd.Series) -> list[str]:
     return [f"{row[name]:,}" if name != "defense" else str(row[name]) for name in CELL]
 
 
+def _disturbed(table: pd.DataFrame) -> Iterator[str]:
+    count = int((table["others_cpu"] > BUSY).sum())
+    if count:
+        yield (
+            f"The machine was busy with other things in {count} of {len(table)} cells (others above {BUSY:.0%}): "
+            "their times, and what is fitted on them, are not those of a quiet machine."
+        )
+
+
 def _optional(value: float, form: str) -> str:
     return "" if pd.isna(value) else format(value, form)
 
@@ -71,13 +81,16 @@ def _times(table: pd.DataFrame, left_out: Sequence[str]) -> Section:
             f"{row['clients'] / row['seconds']:.0f}",
             _optional(row["speed_up"], ".2f"),
             _optional(row["over_none"], "+.1%"),
+            _optional(row["others_cpu"], ".0%"),
         ]
         for _, row in table.assign(speed_up=speed_up(table)).iterrows()
     ]
-    columns = (*HEADINGS, "round s", "quartiles", "rounds", "clients/s", "speed-up", "over none")
+    columns = (*HEADINGS, "round s", "quartiles", "rounds", "clients/s", "speed-up", "over none", "others")
     notes = [
         "Speed-up: against the same cohort, chunk width and defense with the fewest workers, on the same Ray "
-        "where neither is one actor a client. Over none: median of the paired ratios to no defense, less one.",
+        "where neither is one actor a client. Over none: median of the paired ratios to no defense, less one. "
+        "Others: share of the machine's CPU time that other processes took meanwhile.",
+        *_disturbed(table),
         *(f"Left out: {line}." for line in left_out),
     ]
     return Section("Round time", columns, rows, notes)
@@ -96,7 +109,7 @@ def _parts(table: pd.DataFrame) -> Section:
 
 
 def _memory(table: pd.DataFrame) -> Section:
-    memory = ("worker_bytes", "worker_bytes_max", "server_bytes", "driver_bytes", "store_bytes_held")
+    memory = ("worker_bytes", "server_bytes", "driver_bytes", "store_bytes_held")
     rows = [
         [
             *_cell(row),
@@ -105,7 +118,7 @@ def _memory(table: pd.DataFrame) -> Section:
         ]
         for _, row in table.iterrows()
     ]
-    columns = (*HEADINGS, "worker", "largest", "server", "driver", "store", "to store", "out", "sums", "uploads")
+    columns = (*HEADINGS, "worker", "server", "driver", "store", "to store", "out", "sums", "uploads")
     notes = [
         "MiB. Processes: memory that no other process shares, after the last round. Store: held in the object "
         "stores of all nodes then, and put there by a round, as Ray counts it.",
@@ -171,7 +184,7 @@ def _cluster(table: pd.DataFrame, config: ScaleConfig, models: dict[str, CostMod
     columns = ("defense", "clients", "workers", "round s", "speed-up", "of ideal", "of it network s")
     notes = [
         "Predicted, not measured. Assumes: every worker has a core as fast as those measured; the fixed and the "
-        "per-chunk cost stay what they were on this machine; nothing else is shared; chunks as wide as in a run.",
+        "per-chunk cost stay what they were on this machine; nothing else is shared; chunks as in the study.",
         f"Network: {BYTES_PER_SECOND * 8 / 1e9:.0f} Gbit/s at the server, which carries the weights once a node "
         f"of {WORKERS_PER_NODE} workers and a sum a chunk, none of it hidden behind the work.",
     ]

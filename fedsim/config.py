@@ -16,7 +16,7 @@ from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
 from fedsim.participation import StragglersConfig, sample_size
-from fedsim.privacy.observation import Adversary
+from fedsim.privacy.observation import Adversary, Parameters
 from fedsim.schema import Schema, explain
 
 
@@ -86,6 +86,9 @@ class AuditConfig(Schema):
     public parameters; `oracle`: also what was drawn in secret this round."""
     observations: int = Field(default=1, ge=1)
     """Rounds at these weights in which an adversary who is not naive sees each victim, with fresh draws each."""
+    parameters: Parameters = "public"
+    """Whether an adversary who is not naive knows how many slices are noisy and how strong noise is (`public`), or
+    estimates both from what it sees; what a defense publishes for the round is known in any case."""
     victims_per_shard: int = Field(default=4, ge=1)
     """Victims attacked as one batched computation; shards run on the workers side by side."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack
 from fedsim.attacks.distances import AbsoluteError, SliceError
+from fedsim.attacks.estimates import noise_std, noisy_slices
 from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
 from fedsim.defenses.base import DefenseSettings
@@ -75,11 +76,7 @@ def slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Ob
     widths = torch.tensor(bounds, device=gradients.device).diff()
     residuals = (gradients - observation.gradients).square()
     means = torch.stack([part.mean(1) for part in residuals.split(widths.tolist(), 1)], 1)
-    # An empty slice holds nothing to tell noisy from clean.
-    means = means.nan_to_num(nan=-1.0)
-    noisy = means.topk(getattr(knowledge.defense, "perturbed"), dim=1).indices  # noqa: B009
-    selected = torch.zeros_like(means, dtype=torch.bool).scatter_(1, noisy, True)
-    return _without_slices(observation, selected, knowledge)
+    return _without_slices(observation, noisy_slices(means, knowledge), knowledge)
 
 
 def told_slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
@@ -89,8 +86,9 @@ def told_slices(observation: Observation, knowledge: Knowledge, attack: Attack) 
 
 def denoise(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Clean each gradient first, as the server cleans the aggregate: drop what noise alone would produce."""
-    std, aspect = _noise_std(knowledge.defense), getattr(knowledge.defense, "aspect", 6.0)
-    cleaned = [marchenko_pastur_denoise(gradient, std, aspect) for gradient in observation.gradients]
+    aspect = getattr(knowledge.defense, "aspect", 6.0)
+    pairs = zip(observation.gradients, noise_std(observation, knowledge).flatten().tolist(), strict=True)
+    cleaned = [marchenko_pastur_denoise(gradient, std, aspect) for gradient, std in pairs]
     return replace(observation, gradients=torch.stack(cleaned))
 
 
@@ -122,11 +120,11 @@ def agreement(observation: Observation, knowledge: Knowledge, attack: Attack) ->
 
 
 def likelihood(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
-    """Trust each parameter by how far it stands above noise of a strength that is known: ‖t‖² − d·σ² over ‖t‖².
+    """Trust each parameter by how far it stands above noise of strength σ: ‖t‖² − d·σ² over ‖t‖².
 
     Source: the Wiener filter's gain, one for each parameter.
     """
-    variance = _noise_std(knowledge.defense) ** 2
+    variance = noise_std(observation, knowledge).square()
     sizes = observation.model.layout.sizes
     powers = [part.square().mean(1, keepdim=True) for part in observation.gradients.split(sizes, 1)]
     gains = [(1 - variance / power.clamp_min(torch.finfo(power.dtype).tiny)).clamp_min(0) for power in powers]
@@ -208,10 +206,3 @@ def _without_slices(observation: Observation, selected: Tensor, knowledge: Knowl
         for entry, noisy in zip(before.tolist(), selected[:, 1:].T, strict=True):
             trust[noisy, entry] = 0
     return _trusting(observation, torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust)))
-
-
-def _noise_std(defense: DefenseSettings) -> float:
-    """Return the standard deviation of the noise in one entry of what a client sends."""
-    sigma = float(getattr(defense, "sigma"))  # noqa: B009
-    share = getattr(defense, "perturbed", 1) / getattr(defense, "slices", 1)
-    return float(sigma * share**0.5)

@@ -205,6 +205,7 @@ def _knowledge(session: Session, payload: Payload, job: AttackJob) -> Knowledge:
         {name: as_tensor(array, session.device) for name, array in payload.public.items()},
         {name: as_tensor(array, session.device) for name, array in secrets.items()},
         as_tensor(repeats, session.device),
+        session.spec.config.audit.parameters,
     )
 
 

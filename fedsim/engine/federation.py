@@ -130,7 +130,9 @@ class Federation:
     def _compute(self, round_: int, clients: tuple[int, ...]) -> tuple[list[ChunkReport], list[Any]]:
         """Let the workers train the clients; return the chunks' reports and references to their sums, in order."""
         width = self.spec.config.runtime.chunk_width(self.spec.config.federation.clients_per_round)
-        tasks = [ChunkTask(round_, clients[at : at + width]) for at in range(0, len(clients), width)]
+        # Of equal width, but for one client: a last chunk that is much smaller would leave workers idle.
+        parts = np.array_split(np.array(clients), -(-len(clients) // width))
+        tasks = [ChunkTask(round_, tuple(part.tolist())) for part in parts]
         reports: dict[int, ChunkReport] = {}
         returned = self.runtime.pool.map(
             "run_chunk",

@@ -173,7 +173,7 @@ class Model:
     def logits_and_statistics(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `logits`, with the batch-norm statistics [b] that this batch showed."""
         logits = self.logits(weights, images)
-        return logits, batch_norm.collect_statistics(self.module, logits)
+        return logits, batch_norm.collect_statistics(batch_norm.layers(self.module), logits)
 
     def statistics(self, weights: Tensor, images: Tensor) -> Tensor:
         """Return means and variances [b] of what enters the batch-norm layers; differentiable in `images`.

@@ -98,6 +98,7 @@ class LoopTrainer:
     def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
         """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
         self.module = copy.deepcopy(model.module).train()
+        self.normalizers = tuple(batch_norm.layers(self.module))
         self.data, self.learning_rate = data, learning_rate
         device = data.images.device
         self.weights = torch.zeros(model.layout.dimension, device=device)
@@ -117,7 +118,7 @@ class LoopTrainer:
         losses, statistics = [], []
         for row, batches in zip(updates, schedules, strict=True):
             losses.append(self._train_client(weights, batches, row))
-            statistics.append(batch_norm.collect_statistics(self.module, weights).detach())
+            statistics.append(batch_norm.collect_statistics(self.normalizers, weights).detach())
         return LocalResult(updates, torch.stack(losses), torch.stack(statistics))
 
     def _train_client(self, weights: Tensor, batches: list[Indices], update: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fedsim.engine.federation import Federation, RoundRecord
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Cluster, Runtime
 from fedsim.scale.grid import Cell, Workload, describe
+from fedsim.scale.load import CpuTimes
 from fedsim.scale.nodes import LocalNodes
 
 WARM_CLIENTS = 1000
@@ -29,21 +30,28 @@ PARTS = ("local", "defense", "aggregate", "compensate", "other")
 @contextmanager
 def started(runtime: RuntimeConfig, workers: int, address: str | None, nodes: int = 1) -> Iterator["Pool"]:
     """Start Ray, here or on several nodes here, or connect to `address`; start so many workers on it."""
+    private = address is None
     with ExitStack() as stack:
         if address is None and nodes > 1:
             address = stack.enter_context(LocalNodes(nodes, workers))
         stack.enter_context(Cluster(address, workers))
         before = time.perf_counter()
         config = runtime.model_copy(update={"workers": workers})
-        yield Pool(stack.enter_context(Runtime(config)), before)
+        yield Pool(stack.enter_context(Runtime(config)), before, private)
 
 
 class Pool:
     """The workers that a part of the study shares; each cell uses the first few."""
 
-    def __init__(self, runtime: Runtime, started_at: float) -> None:
-        """Wait until all are up, and order them so that the first few are on as many nodes as can be."""
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, started_at: float, private: bool = True) -> None:
+        """Wait until all are up, and order them so that the first few are on as many nodes as can be.
+
+        Args:
+            runtime: Holds the workers.
+            started_at: When they were started, by `time.perf_counter`.
+            private: Whether all of Ray's processes are children of this one.
+        """
+        self.runtime, self.private = runtime, private
         homes = ray.get([worker.__ray_call__.remote(_node) for worker in runtime.pool.workers])
         self.startup_seconds = time.perf_counter() - started_at
         by_node = [
@@ -105,11 +113,19 @@ class StoreUse:
 
 @dataclass(frozen=True)
 class MeasuredRound:
-    """One round of a cell, and what it put into the object stores."""
+    """One round of a cell.
+
+    Attributes:
+        cell: The cell.
+        record: Its times.
+        store_bytes: What it put into the object stores.
+        others_cpu: Share of the machine's CPU time that went to other processes; NaN on a cluster.
+    """
 
     cell: Cell
     record: RoundRecord
     store_bytes: int
+    others_cpu: float
 
     def row(self) -> dict[str, Any]:
         """Return the round as a row; local and defense time as a worker's mean."""
@@ -128,6 +144,7 @@ class MeasuredRound:
             **{f"{part}_seconds": seconds[part] for part in PARTS},
             "upload_bytes": record.upload_bytes,
             "store_bytes": self.store_bytes,
+            "others_cpu": self.others_cpu,
         }
 
 
@@ -151,7 +168,7 @@ def measure(
                     f"{cells[0].clients} clients: {number - warmup} of {config.rounds} rounds in the time allowed"
                 )
                 break
-            turn = [_round(cell, open_[cell], number) for cell in (cells if number % 2 else reversed(cells))]
+            turn = [_round(cell, open_[cell], number, pool) for cell in (cells if number % 2 else reversed(cells))]
             rounds += turn if number >= warmup else []
         frame = pd.DataFrame([one.row() for one in rounds])
         return frame, [_row(cell, frame, workload, pool) for cell in cells]
@@ -163,10 +180,11 @@ def _open(stack: ExitStack, cell: Cell, workload: Workload, pool: Pool) -> Feder
     return federation
 
 
-def _round(cell: Cell, federation: Federation, number: int) -> MeasuredRound:
-    before = StoreUse.now().created
+def _round(cell: Cell, federation: Federation, number: int, pool: Pool) -> MeasuredRound:
+    store, cpu = StoreUse.now().created, CpuTimes.now()
     record = federation.run_round(number)
-    return MeasuredRound(cell, record, StoreUse.now().created - before)
+    others = CpuTimes.now().others_since(cpu) if pool.private else float("nan")
+    return MeasuredRound(cell, record, StoreUse.now().created - store, others)
 
 
 def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> dict[str, Any]:
@@ -189,6 +207,7 @@ def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> di
         "store_bytes_held": StoreUse.now().held,
         **pool.memory(cell.workers),
         "startup_seconds": pool.startup_seconds,
+        "others_cpu": own["others_cpu"].mean(),
     }
 
 

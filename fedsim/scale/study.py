@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class ScaleStudy:
             with started(self.config.experiment.runtime, workers, self.address, self.config.nodes) as pool:
                 for size, cells in groupby(sorted(fitting), key=lambda cell: cell.clients):
                     group = list(cells)
-                    self.reporter.note(f"{size} clients: {', '.join(cell.title for cell in group)}")
+                    self.reporter.note(f"{size:,} clients: {len(group)} cells")
                     rounds, rows = measure(group, self.workload, pool, self.reporter.note)
                     self._keep(rounds, rows)
                     self._track(rounds, rows, tracker, parent)
@@ -188,8 +188,12 @@ class ScaleStudy:
 
     def _keep(self, rounds: pd.DataFrame, rows: list[dict[str, Any]]) -> None:
         # The cells' rows come last: what has one is done.
-        for name, new in (("rounds.csv", rounds), ("scale.csv", pd.DataFrame(rows))):
-            whole = pd.concat([_read(self.folder / name), new]).drop_duplicates(keep="last")
+        cell = [one.name for one in fields(Cell)]
+        for name, new, key in (
+            ("rounds.csv", rounds, [*cell, "round"]),
+            ("scale.csv", pd.DataFrame(rows), cell),
+        ):
+            whole = pd.concat([_read(self.folder / name), new]).drop_duplicates(key, keep="last")
             write_atomically(self.folder / name, whole.to_csv(index=False, float_format="%.9g").encode())
 
     def _identity(self, what: str) -> str:

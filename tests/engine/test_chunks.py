@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedsim.data.datasets import DigitsConfig, load_dataset
 from fedsim.engine import chunks, probes
@@ -9,6 +10,13 @@ from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
 from fedsim.simulation import prepare
 from tests.conftest import small_experiment
+
+
+def normed(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A small model with batch norm."""
+    width = 4 * shape[1] * shape[2]
+    layers = [nn.Conv2d(shape[0], 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +88,32 @@ def test_a_strategy_with_a_distance_of_its_own_is_judged_by_it(probed) -> None: 
     assert at_truth is not None
     np.testing.assert_allclose(at_truth.numpy(), expected, rtol=1e-4)
     assert loss is not None and (loss - found.loss).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("parameters", ["public", "estimated"])
+def test_adversaries_know_parameters_as_the_audit_says(parameters: str) -> None:
+    audit = {"victims": 1, "adversaries": ["naive", "adaptive"], "parameters": parameters}
+    config = small_experiment(defense={"name": "dp_gaussian"}, audit=audit, attacks=[{"name": "dlg"}])
+    prepared = prepare(config, load_dataset(DigitsConfig()))
+    session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
+    payload = chunks.Payload(np.zeros((1, 5), np.float32), np.zeros((1, 0), np.float32))
+    job = AttackJob(0, 1, None, (1,), "adaptive", "likelihood")
+    knowledge = chunks._observation(session, torch.zeros(5), payload, job).knowledge
+    assert knowledge is not None and knowledge.parameters == parameters
+
+
+def test_gradinversion_compares_with_the_statistics_that_victims_sent() -> None:
+    config = small_experiment(
+        model={"name": "custom", "factory": "tests.engine.test_chunks:normed"},
+        audit={"victims": 2, "batch_size": 3},
+        attacks=[{"name": "gradinversion", "labels": "known", "iterations": 3, "restarts": 2}],
+    )
+    prepared = prepare(config, load_dataset(DigitsConfig()))
+    session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
+    weights, victims = session.model.initial_weights(), prepared.victims[0]
+    images, labels = session.train_data.take(np.stack([victim.images for victim in victims]))
+    payload = probes.probe(session, weights, {}, 0, victims)
+    job = AttackJob(0, 3, labels.numpy(), (1, 2))
+    found, seen = chunks.attack(session, weights, payload, job)
+    at_truth = chunks.matching_loss(session, weights, seen, job, images, labels)
+    assert at_truth is not None and float(at_truth.max()) < 1e-6 < 1e-2 < float(found.loss.min())

@@ -86,7 +86,7 @@ def test_batch_norm_of_a_users_model_is_replaced_and_agrees_with_pytorch() -> No
     expected = module.train()(images)
     model = Model(module, (1, 8, 8), 10)
     assert torch.allclose(model.module.train()(images), expected, atol=1e-5)
-    statistics = batch_norm.collect_statistics(model.module, images)
+    statistics = batch_norm.collect_statistics(batch_norm.layers(model.module), images)
     before = module[0](images)
     assert torch.allclose(statistics[:3], before.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(statistics[3:], before.var((0, 2, 3), correction=0), atol=1e-6)
