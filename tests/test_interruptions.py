@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.runtime import Runtime
@@ -94,9 +95,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def arguments(**more: Any) -> list[str]:
-    config = {**small_experiment().to_dict(), **SETTINGS, **more, "tracking": {"uri": "off"}}
-    return [f"{name}={json.dumps(value)}" for name, value in config.items()]
+def experiment(**federation: Any) -> ExperimentConfig:
+    return small_experiment(**{**SETTINGS, "federation": {**SETTINGS["federation"], **federation}})
+
+
+def arguments(config: ExperimentConfig) -> list[str]:
+    """The whole config as a command line gives it."""
+    data = {**config.to_dict(), "tracking": {"uri": "off"}}
+    return [f"{name}={json.dumps(value)}" for name, value in data.items()]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
     sandbox: Sandbox, runtime: Runtime, digits: Dataset
 ) -> None:
     """Killed while the workers start, after the first checkpoint, and once more further on."""
-    whole = Simulation(small_experiment(**SETTINGS), dataset=digits, runtime=runtime).run()
+    whole = Simulation(experiment(), dataset=digits, runtime=runtime).run()
     folder = sandbox.path / "out/small"
     (sandbox.path / "tmp").mkdir()
 
@@ -117,13 +123,13 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
 
     seen: list[int] = []
     for moment in (lambda: (folder / "config.yaml").exists(), lambda: rounds() >= 3, lambda: rounds() >= 60):
-        process = sandbox.start(*arguments(), resume=bool(seen))
+        process = sandbox.start(*arguments(experiment()), resume=bool(seen))
         wait_for(lambda: moment() or process.poll() is not None)  # noqa: B023
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.communicate()[0]
         wait_for(lambda: not sandbox.processes())
         seen.append(rounds())
-    last = sandbox.start(*arguments(), resume=True)
+    last = sandbox.start(*arguments(experiment()), resume=True)
     output, _ = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, output
     assert f"{seen[-1]} of them done before" in output and seen[0] < 3 <= seen[1] < 60 <= seen[2]
@@ -131,15 +137,14 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
 
 
 def test_nothing_is_left_after_success(sandbox: Sandbox) -> None:
-    process = sandbox.start(*arguments(federation={"rounds": 2, "clients": 20, "clients_per_round": 9}))
+    process = sandbox.start(*arguments(experiment(rounds=2)))
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     sandbox.expect_nothing_left()
 
 
 def test_nothing_is_left_after_a_failure(sandbox: Sandbox) -> None:
-    federation = {"rounds": 9, "clients": 20, "clients_per_round": 9, "min_clients": 8, "dropout": 0.1}
-    process = sandbox.start(*arguments(federation=federation))
+    process = sandbox.start(*arguments(experiment(min_clients=8, dropout=0.1)))
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, output
     line = output.strip().splitlines()[-1]
@@ -147,11 +152,11 @@ def test_nothing_is_left_after_a_failure(sandbox: Sandbox) -> None:
     sandbox.expect_nothing_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_run_keeps_its_rounds_and_leaves_nothing(sandbox: Sandbox, number: signal.Signals) -> None:
     """Ctrl-C reaches every process of the terminal's group, Ray's among them; a batch system's SIGTERM one."""
-    config = small_experiment(**{**SETTINGS, "federation": {**SETTINGS["federation"], "rounds": 100_000}})
-    process = sandbox.start(*arguments(federation=config.federation.model_dump(mode="json")))
+    config = experiment(rounds=100_000)
+    process = sandbox.start(*arguments(config))
     checkpoints = sandbox.path / "out/small/checkpoints"
     wait_for(lambda: list(checkpoints.glob("round-*")) or process.poll() is not None)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)

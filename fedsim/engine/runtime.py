@@ -121,7 +121,7 @@ class Runtime:
             worker = ray.remote(ClientWorker).options(**restart, **resources, **_spread())
             server = ray.remote(ParameterServer).options(**restart, num_cpus=0, scheduling_strategy=_here())
             paths = [os.getcwd(), *sys.path]
-            workers = [worker.remote(paths) for _ in range(count)]
+            workers = [worker.remote(paths, config.deterministic) for _ in range(count)]
             self.server = server.remote(paths)
             self._actors += [*workers, self.server]
             self.pool = WorkerPool(workers)
