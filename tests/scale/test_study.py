@@ -100,7 +100,7 @@ def test_a_study_from_command_to_figures_and_its_resume(tmp_path: Path, temporar
     assert len(kept) == 8, "what was measured stays as it was"
     assert len(pd.read_csv(folder / "rounds.csv")) == 10 * 2, "a cell measured again replaces its rounds"
     _check_mlflow(out)
-    assert not list(temporary.iterdir()), "no temporary files are left"
+    assert not list(temporary.glob("fedsim-*")), "no temporary files are left"
 
 
 def test_a_folder_that_holds_a_study_is_not_written_over(
@@ -142,7 +142,7 @@ def test_workers_are_spread_over_several_nodes_and_nothing_is_left(temporary: Pa
         [sys.executable, "-c", TWO_NODES], env=environment, capture_output=True, text=True, cwd=Path.cwd()
     )
     assert done.returncode == 0, done.stderr
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("fedsim-*"))
     assert not any(str(temporary) in " ".join(cmdline) for cmdline in _command_lines()), "a process was left"
 
 
