@@ -10,6 +10,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray starts workers at niceness 15: whatever else the machine does would count in the round time.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# A failed call is handled once; Ray would print its error for each of its other return values.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 if TYPE_CHECKING:
     from fedsim.attacks.base import Attack as Attack

@@ -15,7 +15,8 @@ from fedsim.defenses import DefenseConfig, NoDefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
-from fedsim.privacy.observation import Adversary
+from fedsim.participation import StragglersConfig, sample_size
+from fedsim.privacy.observation import Adversary, Parameters
 from fedsim.schema import Schema, explain
 
 
@@ -30,6 +31,12 @@ class FederationConfig(Schema):
     """Size of the cohort drawn anew each round."""
     min_clients: int = Field(default=1, ge=1)
     """Fewest clients whose updates must be usable in a round; with fewer the run fails."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a sampled client never reports."""
+    stragglers: StragglersConfig | None = None
+    """How long clients take, in simulated time, and the server's deadline; null: none is late."""
+    over_sampling: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """Clients sampled for each of `clients_per_round`; the first `clients_per_round` to report count."""
     local_steps: int | None = Field(default=1, ge=1)
     """Local SGD steps a round; 1 is FedSGD; null: whole epochs, `local_epochs` of them (FedAvg)."""
     local_epochs: int = Field(default=1, ge=1)
@@ -51,7 +58,15 @@ class FederationConfig(Schema):
             raise ValueError(
                 f"clients_per_round is {self.clients_per_round}, but there are {self.clients} clients"
             )
+        sampled = sample_size(self.clients_per_round, self.over_sampling)
+        if sampled > self.clients:
+            raise ValueError(f"over_sampling asks for {sampled} clients a round, but there are {self.clients}")
         return self
+
+    @property
+    def everyone_reports(self) -> bool:
+        """Whether each sampled client's update is used."""
+        return not self.dropout and self.stragglers is None and self.over_sampling == 1
 
 
 class AuditConfig(Schema):
@@ -71,6 +86,9 @@ class AuditConfig(Schema):
     public parameters; `oracle`: also what was drawn in secret this round."""
     observations: int = Field(default=1, ge=1)
     """Rounds at these weights in which an adversary who is not naive sees each victim, with fresh draws each."""
+    parameters: Parameters = "public"
+    """Whether an adversary who is not naive knows how many slices are noisy and how strong noise is (`public`), or
+    estimates both from what it sees; what a defense publishes for the round is known in any case."""
     victims_per_shard: int = Field(default=4, ge=1)
     """Victims attacked as one batched computation; shards run on the workers side by side."""
 

@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     DATA_SPLIT = 11
     OVERHEAD = 12
     PROBE_REPEATS = 13
+    DROPOUT = 14
+    DELAYS = 15
 
 
 def _sequence(seed: int, purpose: Purpose, *counters: int) -> np.random.SeedSequence:

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from fedsim import environment
 from fedsim.config import ExperimentConfig, parse_config, read_yaml
 from fedsim.engine.checkpoints import write_atomically
-from fedsim.engine.federation import Overhead
+from fedsim.engine.overhead import Overhead
 from fedsim.engine.pool import Faults
 from fedsim.errors import ConfigError
 from fedsim.privacy.audit import AuditRow
 
 ROUND_COLUMNS = ("local_seconds", "defense_seconds", "aggregate_seconds", "compensate_seconds", "idle_seconds")
+PARTICIPATION_COLUMNS = ("clients_dropped", "clients_late", "late_bytes", "simulated_seconds")
+"""What a round tells of clients that did not report in time, where there can be such."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ def summarize(
         "overhead": asdict(overhead) if overhead else None,
         "timing": timing(rounds),
         "faults": {**asdict(faults), "clients_rejected": int(rounds["clients_rejected"].sum())},
+        "participation": {n: float(rounds[n].sum()) for n in PARTICIPATION_COLUMNS if n in rounds} or None,
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "fingerprint": config.fingerprint(),

@@ -3,6 +3,7 @@
 The loop is `_Run.train`; start reading there.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from fedsim.data.partitions import partition
 from fedsim.defenses.none import NoDefenseConfig
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
 from fedsim.engine.chunks import AttackJob
-from fedsim.engine.federation import Federation, Overhead, RoundRecord, measure_overhead
+from fedsim.engine.federation import Federation, RoundRecord
+from fedsim.engine.overhead import Overhead, measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import ConfigError
@@ -25,8 +27,17 @@ from fedsim.learning.batches import ImageStore
 from fedsim.privacy import audit
 from fedsim.privacy.observation import Adversary, LocalTraining, Payload, Victim
 from fedsim.progress import Reporter
-from fedsim.results import AuditResult, RunFolder, SimulationResult, audit_stem, summarize
+from fedsim.results import (
+    PARTICIPATION_COLUMNS,
+    AuditResult,
+    RunFolder,
+    SimulationResult,
+    audit_stem,
+    summarize,
+)
 from fedsim.tracking import TrackedRun, Tracker
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,12 @@ def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
     """Return the first clients of the round's cohort, with the batches that they train on.
 
     Raises:
-        ConfigError: If no client trains on batches of one size, and on no image twice, as attacks assume.
+        ConfigError: If no client takes part, or none trains on batches of one size, and on no image twice, as
+            attacks assume.
     """
     cohort = spec.cohort(round_)[: spec.config.audit.victims]
+    if not cohort:
+        raise ConfigError(f"audit.payload: training: no client reports in time in round {round_}")
     schedules = {client: spec.schedule(round_, client) for client in cohort}
     images = {client: np.concatenate(batches) for client, batches in schedules.items()}
     able = [c for c in cohort if len(set(map(len, schedules[c]))) == 1 and len(set(images[c])) == len(images[c])]
@@ -207,7 +221,10 @@ class _Run:
         )
         checkpoint = self.checkpoints.latest() if self.checkpoints else None
         self.history: list[dict[str, Any]] = checkpoint.history if checkpoint else []
-        self.federation = Federation(self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None)
+        self.saved = len(self.history)
+        self.federation = Federation(
+            self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None, self.saved
+        )
         self.audits: list[AuditResult] = []
 
     def train(self) -> SimulationResult:
@@ -228,8 +245,19 @@ class _Run:
                 self.reporter.round(record)
             self.audit_round(rounds)
             return self._finish(self._overhead())
+        except (Exception, KeyboardInterrupt):
+            self._rescue()
+            raise
         finally:
             self.federation.close()
+
+    def _rescue(self) -> None:
+        """Save the rounds since the last checkpoint, unless the interruption came between weights and record."""
+        if self.federation.rounds_done == len(self.history) != self.saved:
+            try:
+                self._checkpoint()
+            except Exception as error:  # whatever it is, the first error is the one to tell
+                log.warning("the rounds after %d are lost: %s", self.saved, error)
 
     def _log_history(self) -> None:
         """Log the checkpoint's rounds that had not come to MLflow when the process before this one died."""
@@ -321,18 +349,19 @@ class _Run:
 
     def _as_record(self, outcome: RoundRecord) -> dict[str, Any]:
         if outcome.rejected:
-            clients = ", ".join(map(str, outcome.rejected))
-            self.reporter.note(
-                f"{self.config.name}: round {outcome.round}: not finite, left out: client {clients}"
-            )
+            self.reporter.note(f"{self.config.name}: round {outcome.round}: left out: {_named(outcome.rejected)}")
         record = asdict(outcome)
         record["clients_rejected"] = len(record.pop("rejected"))
-        return record
+        if self.config.federation.everyone_reports:
+            for name in PARTICIPATION_COLUMNS:
+                del record[name]
+        return {name: value for name, value in record.items() if value is not None}
 
     def _checkpoint(self) -> None:
         if self.checkpoints:
             state = Checkpoint(len(self.history), self.federation.state(), self.history)
             self.reporter.saved(self.checkpoints.save(state))
+            self.saved = len(self.history)
 
     def _overhead(self) -> Overhead | None:
         pairs = self.config.overhead_pairs
@@ -367,3 +396,9 @@ class _Run:
         if self.folder:
             self.folder.save_result(result)
         return result
+
+
+def _named(rejected: Mapping[int, str], most: int = 8) -> str:
+    """Return the clients with what was wrong with each, up to `most` of them."""
+    shown = "; ".join(f"client {client}, {reason}" for client, reason in list(rejected.items())[:most])
+    return shown if len(rejected) <= most else f"{shown}; and {len(rejected) - most} more"

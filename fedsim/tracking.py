@@ -169,6 +169,7 @@ class TrackedRun:
         if record["round"] < self._rounds_logged:
             return
         names = {"ACC", "test_loss", "loss", "seconds", "upload_bytes", "clients"}
+        names |= {"clients_dropped", "clients_late", "late_bytes", "simulated_seconds"}
         values = {name: record[name] for name in names if record.get(name) is not None}
         self.metrics({**values, "rejected": record["clients_rejected"]}, record["round"])
         if "ACC" in record and time.monotonic() >= self._next_try:
@@ -191,6 +192,7 @@ class TrackedRun:
             final |= {f"{prefix}{metric}": audit.mean(metric) for metric in ("PSNR", "SSIM")}
         if summary["overhead"]:
             final["ART_overhead"] = summary["overhead"]["median"]
+        final |= {f"participation.{name}": total for name, total in (summary.get("participation") or {}).items()}
         final |= {f"faults.{name}": count for name, count in summary["faults"].items()}
         self.metrics(final, summary["rounds"])
         facts = {f"version.{k}": v for k, v in summary["versions"].items()}

@@ -25,6 +25,12 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
         (["defense={name: gc, prun: 0.5}"], ["defense: unknown setting 'prun'", "did you mean 'prune'"]),
         (["federation.rounds=many"], ["federation.rounds", "integer", "'many'"]),
         (["federation.clients=5"], ["federation", "clients_per_round is 10", "5 clients"]),
+        (["federation.over_sampling=11"], ["federation", "over_sampling asks for 110", "there are 100"]),
+        (["federation.dropout=1"], ["federation.dropout", "less than 1"]),
+        (
+            ["federation.stragglers={name: gauss}"],
+            ["federation.stragglers: unknown name", "exponential, lognormal"],
+        ),
         (["defense={name: graddefense, perturbed: 11}"], ["defense", "11", "10"]),
         (["defense={name: dp_gaussian, sigma: -1}"], ["defense.sigma", "greater than or equal to 0", "-1"]),
         (

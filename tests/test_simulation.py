@@ -1,15 +1,10 @@
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,13 +12,9 @@ from torch.nn import functional as F
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.defenses.base import ClientContext, Defense
 from fedsim.engine.federation import Federation
-from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
-from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError, RunError
 from fedsim.learning.batches import ImageStore
-from fedsim.progress import Reporter
-from fedsim.results import SimulationResult
 from fedsim.simulation import Simulation, prepare
 from tests.conftest import small_experiment
 
@@ -33,77 +24,6 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset(DigitsConfig())
-
-
-def sha(result: SimulationResult) -> str:
-    return str(result.summary["model_sha256"])
-
-
-DEFENSES = [
-    {"name": "none"},
-    {"name": "graddefense", "sigma": 0.1},
-    {"name": "gc", "prune": 0.5},
-    {"name": "dp_gaussian", "sigma": 0.01},
-    {"name": "dp_laplacian", "sigma": 0.01},
-    {"name": "pld", "prune": 0.5},
-]
-
-
-def simulate(runtime: Runtime, digits: Dataset, name: str) -> SimulationResult:
-    settings = next(defense for defense in DEFENSES if defense["name"] == name)
-    return Simulation(small_experiment(defense=settings), runtime=runtime, dataset=digits).run()
-
-
-@pytest.fixture(scope="module")
-def reference(runtime: Runtime, digits: Dataset) -> dict[str, str]:
-    """The final weights of each defense with two workers."""
-    return {str(defense["name"]): sha(simulate(runtime, digits, str(defense["name"]))) for defense in DEFENSES}
-
-
-def test_defenses_change_the_weights(reference: dict[str, str]) -> None:
-    assert len(set(reference.values())) == len(DEFENSES)
-
-
-@contextmanager
-def other_workers(runtime: Runtime, count: int) -> Iterator[WorkerPool]:
-    """Lend the runtime a pool of `count` fresh workers."""
-    actor = ray.remote(ClientWorker).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
-    own, runtime.pool = runtime.pool, WorkerPool([actor.remote(sys.path) for _ in range(count)])
-    try:
-        yield runtime.pool
-    finally:
-        for worker in runtime.pool.workers:
-            ray.kill(worker)
-        runtime.pool = own
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_final_weights_are_the_same_bits_for_any_number_of_workers(
-    count: int, runtime: Runtime, digits: Dataset, reference: dict[str, str]
-) -> None:
-    with other_workers(runtime, count):
-        found = {name: sha(simulate(runtime, digits, name)) for name in reference}
-    assert found == reference
-
-
-@pytest.mark.parametrize("server", [{"name": "sgd", "momentum": 0.9}, {"name": "adam"}, {"name": "yogi"}])
-def test_a_resumed_run_ends_with_the_same_bits(
-    server: dict[str, object], runtime: Runtime, digits: Dataset, tmp_path: Path
-) -> None:
-    config = small_experiment(federation={"server": server}, defense={"name": "graddefense", "sigma": 0.1})
-    whole = Simulation(config, runtime=runtime, dataset=digits).run()
-
-    class Stop(Reporter):
-        def round(self, record: dict[str, object]) -> None:
-            if record["round"] == 4:
-                raise KeyboardInterrupt
-
-    broken = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Stop())
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
-    resumed = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run(resume=True)
-    assert sha(resumed) == sha(whole)
-    assert list(resumed.rounds["loss"]) == list(whole.rounds["loss"])
 
 
 def test_a_finished_run_is_read_back_not_run_again(runtime: Runtime, digits: Dataset, tmp_path: Path) -> None:
@@ -123,38 +43,6 @@ def test_an_occupied_folder_is_refused(runtime: Runtime, digits: Dataset, tmp_pa
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         Simulation(small_experiment(), runtime=runtime, dataset=digits, output=tmp_path / "other").run()
-
-
-def test_killed_workers_cost_no_client_and_no_bit(
-    runtime: Runtime, digits: Dataset, reference: dict[str, str]
-) -> None:
-    with other_workers(runtime, 2) as pool:
-        victims = ray.get([worker.pid.remote() for worker in pool.workers])
-
-        class Kill(Reporter):
-            def round(self, record: dict[str, object]) -> None:
-                if record["round"] in (1, 3):
-                    os.kill(victims.pop(), signal.SIGKILL)
-
-        config = small_experiment(defense=DEFENSES[1])
-        result = Simulation(config, runtime=runtime, dataset=digits, reporter=Kill()).run()
-    assert sha(result) == reference["graddefense"]
-    assert result.summary["faults"]["workers_lost"] == 2
-    assert (result.rounds["clients"] == 9).all()
-
-
-def test_a_killed_parameter_server_is_restored_from_its_last_round(
-    runtime: Runtime, digits: Dataset, reference: dict[str, str]
-) -> None:
-    class Kill(Reporter):
-        def round(self, record: dict[str, object]) -> None:
-            if record["round"] == 2:
-                os.kill(ray.get(runtime.server.pid.remote()), signal.SIGKILL)
-
-    config = small_experiment(defense=DEFENSES[1])
-    result = Simulation(config, runtime=runtime, dataset=digits, reporter=Kill()).run()
-    assert sha(result) == reference["graddefense"]
-    assert result.summary["faults"]["server_restarts"] >= 1
 
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(runtime: Runtime, digits: Dataset) -> None:

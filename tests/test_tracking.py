@@ -122,3 +122,14 @@ def test_auto_is_the_environments_server_or_a_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
     assert resolve_uri("auto", tmp_path) == "http://10.0.0.1:5000"
     assert resolve_uri("http://other:5000", tmp_path) == "http://other:5000"
+
+
+def test_who_did_not_report_is_logged_round_by_round(tracker: Tracker) -> None:
+    run = start(tracker)
+    absent = {"clients_dropped": 2, "clients_late": 1, "late_bytes": 8.0, "simulated_seconds": 12.5}
+    run.round({**RECORD, **absent, "round": 0})
+    run.round({**RECORD, "round": 1})
+    run.finish()
+    for name, value in absent.items():
+        logged = tracker.client.get_metric_history(run.run_id, name)
+        assert [(metric.step, metric.value) for metric in logged] == [(0, value)]

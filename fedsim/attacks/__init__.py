@@ -8,8 +8,10 @@ from fedsim.attacks.analytic import AnalyticConfig
 from fedsim.attacks.custom import CustomAttackConfig
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
+from fedsim.attacks.gradinversion import GradInversionConfig
 from fedsim.attacks.idlg import IDLGConfig
 
 AttackConfig = Annotated[
-    DLGConfig | IDLGConfig | GIAConfig | AnalyticConfig | CustomAttackConfig, Field(discriminator="name")
+    DLGConfig | IDLGConfig | GIAConfig | GradInversionConfig | AnalyticConfig | CustomAttackConfig,
+    Field(discriminator="name"),
 ]

@@ -1,18 +1,16 @@
 """What an attack is: one function from what the server saw to images."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from fedsim.attacks.distances import Distance, Targets
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
 from fedsim.schema import Schema
-
-if TYPE_CHECKING:
-    from fedsim.attacks.gradient_matching import Distance, Targets
 
 LabelSource = Literal["known", "recovered"]
 """How an attacker that does not search for labels gets them: given, or from the last layer's gradient."""
@@ -42,7 +40,7 @@ class Attack:
         """
         return None
 
-    def matching(self, distance: "Callable[[Targets], Distance]") -> "Attack":
+    def matching(self, distance: Callable[[Targets], Distance]) -> "Attack":
         """Return this attack with another distance between gradients in place of its own.
 
         Raises:

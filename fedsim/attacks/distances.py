@@ -1,9 +1,134 @@
-"""More distances between gradients, as alternatives to the cosine over the whole gradient."""
+"""Distances between gradients: how far those of dummy batches are from what the victims sent."""
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedsim.attacks.gradient_matching import CosineDistance, Targets
+
+@dataclass(frozen=True)
+class Targets:
+    """What the N victims sent, without the ignored parameters.
+
+    Attributes:
+        vectors: Gradients, shape [N, e].
+        sizes: Number of entries of each parameter in them, in layout order; they sum to e.
+        spans: Where each of these parameters lies in a whole gradient of d entries; None: nothing is ignored.
+    """
+
+    vectors: Tensor
+    sizes: tuple[int, ...]
+    spans: tuple[slice, ...] | None = None
+
+
+class Distance(Protocol):
+    """How far gradients are from what victims sent; made from `Targets`."""
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare gradients [m, e] with those of `victims` [m].
+
+        Returns:
+            Distances [m], and their derivatives by `gradients` [m, e].
+        """
+        ...
+
+
+class SquaredError:
+    """‖g − t‖² / ‖t‖²: 0 for a perfect match, 1 for a gradient of zero.
+
+    The division changes no minimum, but lets thresholds mean the same for every model and victim.
+
+    Source: Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019 (without the division).
+    """
+
+    def __init__(self, targets: Targets, relative: bool = True) -> None:
+        """Take what the victims sent; without `relative` there is no division."""
+        squares = targets.vectors.square().sum(1)
+        self.targets = targets.vectors
+        self.scale = 1 / _positive(squares) if relative else torch.ones_like(squares)
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual, scale = gradients - self.targets[victims], self.scale[victims]
+        loss = residual.square().sum(1) * scale
+        return loss, residual.mul_(2 * scale[:, None])
+
+
+class BalancedError:
+    """Σₗ ‖gₗ − tₗ‖²/‖tₗ‖ over parameters l, divided by Σₗ ‖tₗ‖, its value for a gradient of zero.
+
+    Between the plain error, in which the last layer hides the others, and relative errors alone, in which the
+    weakest layer counts as much as any. Only for gradients that were sent as they are: noise of the same strength
+    in every entry is best matched by the plain error.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        """Take what the victims sent."""
+        norms = torch.stack([part.norm(dim=1) for part in targets.vectors.split(targets.sizes, 1)], 1)
+        weights = 1 / (_positive(norms) * _positive(norms.sum(1, keepdim=True)))
+        sizes = torch.tensor(targets.sizes, device=norms.device)
+        self.targets, self.weights = targets.vectors, weights.repeat_interleave(sizes, 1)
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual = gradients - self.targets[victims]
+        weighted = residual * self.weights[victims]
+        return (weighted * residual).sum(1), weighted.mul_(2)
+
+
+class CosineDistance:
+    """1 − cos∠(g, t) over the whole gradient.
+
+    Computed as ½‖g/‖g‖ − t/‖t‖‖², which is the same, because 1 − cos loses every digit in float32 long before an
+    image is found: with PyTorch's initialisation the distance of a good image is 1e-8 and less.
+
+    Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, equation 4.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        """Take what the victims sent."""
+        self.directions = targets.vectors / _positive(targets.vectors.norm(dim=1))[:, None]
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        norms = _positive(gradients.norm(dim=1))[:, None]
+        units = gradients / norms
+        residual = units - self.directions[victims]
+        along = (residual * units).sum(1, keepdim=True)
+        loss = 0.5 * residual.square().sum(1)
+        return loss, residual.sub_(along * units).div_(norms)
+
+
+class SliceError:
+    """Π_s (r_s / ‖t_s‖²)^(d_s / d) over slices s of d_s entries, r_s = ‖g_s − t_s‖²: 1 for a gradient of zero.
+
+    Its minima are those of Σ_s d_s·log(r_s / d_s): the most probable image if every slice carries noise of a
+    strength of its own that nobody knows. A slice that can be matched exactly pulls the product to zero, whatever
+    the others do, so it is the intact slices that the search settles on.
+    """
+
+    def __init__(self, targets: Targets, bounds: tuple[int, ...]) -> None:
+        """Take what the victims sent, and the bounds [n + 1] of the slices of a whole gradient."""
+        if targets.spans is not None:
+            bounds = tuple(sum(len(range(bound)[span]) for span in targets.spans) for bound in bounds)
+        sizes = torch.tensor(bounds, device=targets.vectors.device).diff()
+        self.sizes, self.targets = sizes, targets.vectors
+        self.shares = sizes.to(targets.vectors) / sizes.sum()
+        self.squares = self._sums(targets.vectors.square())
+
+    def _sums(self, values: Tensor) -> Tensor:
+        parts = values.split(self.sizes.tolist(), 1)
+        # The least residual that counts keeps the logarithm finite where nothing is left to match.
+        return torch.stack([part.sum(1) for part in parts], 1).clamp_min(torch.finfo(values.dtype).tiny)
+
+    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Distance`."""
+        residual = gradients - self.targets[victims]
+        squares = self._sums(residual.square())
+        loss = (self.shares * (squares / self.squares[victims]).log()).sum(1).exp()
+        slopes = 2 * loss[:, None] * self.shares / squares
+        return loss, residual.mul_(slopes.repeat_interleave(self.sizes, 1))
 
 
 class LayerCosine:
@@ -26,14 +151,28 @@ class LayerCosine:
 
 
 class AbsoluteError:
-    """Σ|g − t| / Σ|t|: a few entries that are far off count for less than in the squared error."""
+    """Σ_r |g − t_r| / Σ_r |t_r|: a few entries that are far off count for less than in the squared error.
 
-    def __init__(self, targets: Targets) -> None:
-        """Take what the victims sent."""
-        sums = targets.vectors.abs().sum(1)
-        self.targets, self.scale = targets.vectors, 1 / torch.where(sums > 0, sums, 1)
+    Over what a victim sent in R rounds it is what makes Laplacian noise of one strength most probable. It uses
+    more than the rounds' mean or median: between the middle ones an entry costs nothing, and the others, which are
+    not in doubt, settle where it lies.
+    """
+
+    def __init__(self, targets: Targets, repeats: Tensor | None = None) -> None:
+        """Take what the victims sent, and what they sent in other rounds: `repeats` [N, R − 1, d], whole."""
+        every = targets.vectors[:, None]
+        if repeats is not None:
+            if targets.spans is not None:
+                repeats = torch.cat([repeats[:, :, span] for span in targets.spans], 2)
+            every = torch.cat([every, repeats.to(every)], 1)
+        sums = every.abs().sum((1, 2))
+        self.targets, self.scale = every, 1 / torch.where(sums > 0, sums, 1)
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual, scale = gradients - self.targets[victims], self.scale[victims]
-        return residual.abs().sum(1) * scale, residual.sign_().mul_(scale[:, None])
+        residual, scale = gradients[:, None] - self.targets[victims], self.scale[victims]
+        return residual.abs().sum((1, 2)) * scale, residual.sign_().sum(1).mul_(scale[:, None])
+
+
+def _positive(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, 1)

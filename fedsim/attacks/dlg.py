@@ -10,15 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
+from fedsim.attacks.distances import BalancedError, Distance, SquaredError, Targets
 from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found
-from fedsim.attacks.gradient_matching import (
-    BalancedError,
-    Distance,
-    GradientMatching,
-    SquaredError,
-    Targets,
-    loss_at,
-)
+from fedsim.attacks.gradient_matching import GradientMatching, loss_at
 from fedsim.attacks.labels import labels_from, last_linear
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from fedsim.attacks.published_dlg import PublishedDLG

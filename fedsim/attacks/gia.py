@@ -9,21 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
-from fedsim.attacks.distances import AbsoluteError, LayerCosine
-from fedsim.attacks.gradient_matching import CosineDistance, Distance, GradientMatching, Targets, loss_at
+from fedsim.attacks.box_adam import BoxAdam
+from fedsim.attacks.distances import AbsoluteError, CosineDistance, Distance, LayerCosine, Targets
+from fedsim.attacks.gradient_matching import GradientMatching, loss_at
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
-from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.attacks.priors import total_variation
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
-from fedsim.randomness import Purpose, torch_stream
 
 DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 """Shares of the iterations after which the step becomes ten times smaller."""
-
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Adam's, as in Kingma and Ba, 2015."""
-
 
 OBJECTIVES: dict[str, Callable[[Targets], Distance]] = {
     "cosine": CosineDistance,
@@ -95,83 +90,22 @@ class GIA(Attack):
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
         labels = labels_from(self.settings.labels, observation, "gia")
-        run = _Run(observation, labels, self.settings, self.distance)
-        for _ in range(self.settings.iterations):
-            run.step()
-        loss, chosen = run.best_loss.view(observation.victims, -1).min(1)
-        chosen = chosen + self.settings.restarts * torch.arange(observation.victims, device=chosen.device)
-        stalled = ~(loss < (1 - SIGNIFICANT) * run.first_loss[chosen])
-        return Reconstruction(
-            images=run.best[chosen],
-            labels=labels,
-            loss=loss,
-            iterations=torch.full_like(chosen, self.settings.iterations),
-            stalled=stalled,
-            exhausted=~stalled & (loss < (1 - SIGNIFICANT) * run.mark[chosen]),
-            seconds=time.perf_counter() - began,
-        )
-
-
-class _Run:
-    """Adam on M = victims × restarts problems; every tensor has a leading dimension M."""
-
-    def __init__(
-        self,
-        observation: Observation,
-        labels: Tensor,
-        settings: GIAConfig,
-        distance: Callable[[Targets], Distance],
-    ) -> None:
-        self.settings = settings
-        self.matching = GradientMatching(observation, distance, settings.ignore)
-        everyone = torch.arange(observation.victims, device=observation.weights.device)
-        self.victims = everyone.repeat_interleave(settings.restarts)
-        self.probabilities = one_hot(labels, observation.model.classes, observation.weights)[self.victims]
-        self.images = _starts(observation, settings.restarts)
-        self.mean, self.square = torch.zeros_like(self.images), torch.zeros_like(self.images)
-        self.best = self.images.clone()
-        self.best_loss = self.images.new_full((len(self.images),), torch.inf)
-        self.first_loss = self.mark = self.best_loss
-        self.done = 0
-
-    def step(self) -> None:
-        """Evaluate, note what is best, and move."""
-        match = self.matching(self.images, self.probabilities, self.victims)
-        variation, by_images = total_variation(self.images)
-        loss = _objective(match.loss, variation, self.settings)
-        better = loss < self.best_loss
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best[better] = self.images[better]
-        if self.done == 0:
-            self.first_loss = loss
-        if self.done == self.settings.iterations * 9 // 10:
-            self.mark = self.best_loss
-        weight = self.settings.tv * (match.loss if self.settings.relative_tv else torch.ones_like(loss))
-        gradient = by_images.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)
-        self._move(gradient.nan_to_num_().sign_())
-
-    def _move(self, gradient: Tensor) -> None:
-        decays = sum(self.done >= share * self.settings.iterations for share in DECAY_AT)
-        rate = self.settings.learning_rate * 0.1**decays
-        self.done += 1
-        self.mean.lerp_(gradient, 1 - BETAS[0])
-        self.square.lerp_(gradient.square(), 1 - BETAS[1])
-        scale = (self.square / (1 - BETAS[1] ** self.done)).sqrt_().add_(EPSILON)
-        self.images.addcdiv_(self.mean, scale, value=-rate / (1 - BETAS[0] ** self.done)).clamp_(0, 1)
+        settings = self.settings
+        search = BoxAdam(observation, settings.restarts, settings.iterations)
+        matching = GradientMatching(observation, self.distance, settings.ignore)
+        probabilities = one_hot(labels, observation.model.classes, observation.weights)[search.victims]
+        for step in range(settings.iterations):
+            match = matching(search.images, probabilities, search.victims)
+            variation, gradient = total_variation(search.images)
+            search.note(_objective(match.loss, variation, settings))
+            weight = settings.tv * (match.loss if settings.relative_tv else torch.ones_like(variation))
+            gradient.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)
+            decays = sum(step >= share * settings.iterations for share in DECAY_AT)
+            search.move(gradient.nan_to_num_().sign_(), settings.learning_rate * 0.1**decays)
+        return search.reconstruction(labels, time.perf_counter() - began)
 
 
 def _objective(distance: Tensor, variation: Tensor, settings: GIAConfig) -> Tensor:
     if settings.relative_tv:
         return distance * (settings.tv * variation).exp()
     return distance + settings.tv * variation
-
-
-def _starts(observation: Observation, restarts: int) -> Tensor:
-    """Draw U[0, 1) images [N · restarts, B, C, H, W], each from its own stream."""
-    shape = (observation.batch_size, *observation.model.shape)
-    draws = [
-        torch.rand(shape, generator=torch_stream(seed, Purpose.ATTACK, restart))
-        for seed in observation.seeds
-        for restart in range(restarts)
-    ]
-    return torch.stack(draws).to(observation.weights)

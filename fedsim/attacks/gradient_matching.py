@@ -7,7 +7,6 @@ the weights, so they are evaluated together.
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from fedsim.attacks.chain import Pullback, chain_of
+from fedsim.attacks.distances import Distance, Targets
 from fedsim.attacks.labels import one_hot
 from fedsim.errors import ConfigError
 from fedsim.learning.layout import ParameterLayout
@@ -23,126 +23,6 @@ from fedsim.privacy.observation import ONE_STEP, LocalTraining, Observation
 
 PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Problems are evaluated in pieces whose per-image parameter gradients would take at most this many bytes."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the N victims sent, without the ignored parameters.
-
-    Attributes:
-        vectors: Gradients, shape [N, e].
-        sizes: Number of entries of each parameter in them, in layout order; they sum to e.
-    """
-
-    vectors: Tensor
-    sizes: tuple[int, ...]
-
-
-class Distance(Protocol):
-    """How far gradients are from what victims sent; made from `Targets`."""
-
-    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare gradients [m, e] with those of `victims` [m].
-
-        Returns:
-            Distances [m], and their derivatives by `gradients` [m, e].
-        """
-        ...
-
-
-class SquaredError:
-    """‖g − t‖² / ‖t‖²: 0 for a perfect match, 1 for a gradient of zero.
-
-    The division changes no minimum, but lets thresholds mean the same for every model and victim.
-
-    Source: Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019 (without the division).
-    """
-
-    def __init__(self, targets: Targets, relative: bool = True) -> None:
-        """Take what the victims sent; without `relative` there is no division."""
-        squares = targets.vectors.square().sum(1)
-        self.targets = targets.vectors
-        self.scale = 1 / _positive(squares) if relative else torch.ones_like(squares)
-
-    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
-        residual, scale = gradients - self.targets[victims], self.scale[victims]
-        loss = residual.square().sum(1) * scale
-        return loss, residual.mul_(2 * scale[:, None])
-
-
-class BalancedError:
-    """Σₗ ‖gₗ − tₗ‖²/‖tₗ‖ over parameters l, divided by Σₗ ‖tₗ‖, its value for a gradient of zero.
-
-    Between the plain error, in which the last layer hides the others, and relative errors alone, in which the
-    weakest layer counts as much as any. Only for gradients that were sent as they are: noise of the same strength
-    in every entry is best matched by the plain error.
-    """
-
-    def __init__(self, targets: Targets) -> None:
-        """Take what the victims sent."""
-        norms = torch.stack([part.norm(dim=1) for part in targets.vectors.split(targets.sizes, 1)], 1)
-        weights = 1 / (_positive(norms) * _positive(norms.sum(1, keepdim=True)))
-        sizes = torch.tensor(targets.sizes, device=norms.device)
-        self.targets, self.weights = targets.vectors, weights.repeat_interleave(sizes, 1)
-
-    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
-        residual = gradients - self.targets[victims]
-        weighted = residual * self.weights[victims]
-        return (weighted * residual).sum(1), weighted.mul_(2)
-
-
-class CosineDistance:
-    """1 − cos∠(g, t) over the whole gradient.
-
-    Computed as ½‖g/‖g‖ − t/‖t‖‖², which is the same, because 1 − cos loses every digit in float32 long before an
-    image is found: with PyTorch's initialisation the distance of a good image is 1e-8 and less.
-
-    Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, equation 4.
-    """
-
-    def __init__(self, targets: Targets) -> None:
-        """Take what the victims sent."""
-        self.directions = targets.vectors / _positive(targets.vectors.norm(dim=1))[:, None]
-
-    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
-        norms = _positive(gradients.norm(dim=1))[:, None]
-        units = gradients / norms
-        residual = units - self.directions[victims]
-        along = (residual * units).sum(1, keepdim=True)
-        loss = 0.5 * residual.square().sum(1)
-        return loss, residual.sub_(along * units).div_(norms)
-
-
-class SliceError:
-    """Π_s (r_s / ‖t_s‖²)^(d_s / d) over slices s of d_s entries, r_s = ‖g_s − t_s‖²: 1 for a gradient of zero.
-
-    Its minima are those of Σ_s d_s·log(r_s / d_s): the most probable image if every slice carries noise of a
-    strength of its own that nobody knows. A slice that can be matched exactly pulls the product to zero, whatever
-    the others do, so it is the intact slices that the search settles on.
-    """
-
-    def __init__(self, targets: Targets, bounds: tuple[int, ...]) -> None:
-        """Take what the victims sent, whole, and the bounds of the slices [n + 1]."""
-        sizes = torch.tensor(bounds, device=targets.vectors.device).diff()
-        self.sizes, self.targets = sizes, targets.vectors
-        self.shares = sizes.to(targets.vectors) / sizes.sum()
-        self.squares = self._sums(targets.vectors.square())
-
-    def _sums(self, values: Tensor) -> Tensor:
-        parts = values.split(self.sizes.tolist(), 1)
-        # The least residual that counts keeps the logarithm finite where nothing is left to match.
-        return torch.stack([part.sum(1) for part in parts], 1).clamp_min(torch.finfo(values.dtype).tiny)
-
-    def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Distance`."""
-        residual = gradients - self.targets[victims]
-        squares = self._sums(residual.square())
-        loss = (self.shares * (squares / self.squares[victims]).log()).sum(1).exp()
-        slopes = 2 * loss[:, None] * self.shares / squares
-        return loss, residual.mul_(slopes.repeat_interleave(self.sizes, 1))
 
 
 @dataclass(frozen=True)
@@ -193,7 +73,8 @@ class GradientMatching:
         self.scale = None if observation.trust is None else self._select(observation.trust.to(weights)).sqrt()
         if self.scale is not None:
             targets = targets * self.scale
-        self.distance = distance(Targets(targets, tuple(span.stop - span.start for span in self.spans)))
+        sizes = tuple(span.stop - span.start for span in self.spans)
+        self.distance = distance(Targets(targets, sizes, None if self.whole else tuple(self.spans)))
         chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
         self.engine = chain or Autodiff(observation.model, weights, observation.local)
         self.dimension = len(weights)
@@ -300,7 +181,3 @@ def kept_parameters(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[st
     if not kept:
         raise ConfigError("ignore: nothing is left to match")
     return kept
-
-
-def _positive(norms: Tensor) -> Tensor:
-    return torch.where(norms > 0, norms, 1)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
+from fedsim.attacks.distances import BalancedError, SquaredError
 from fedsim.attacks.dummies import FOUND, STANDARD_NORMAL, Dummies, Found
-from fedsim.attacks.gradient_matching import BalancedError, GradientMatching, SquaredError, loss_at
+from fedsim.attacks.gradient_matching import GradientMatching, loss_at
 from fedsim.attacks.lbfgs import SIGNIFICANT
 from fedsim.privacy.observation import Observation, Reconstruction
 

@@ -1,7 +1,8 @@
 """What attackers do who know the defense: each strategy turns what was seen into what is worth matching.
 
-A strategy returns the observation with cleaner gradients, with `trust` in its entries, or both; the attack then
-goes on as ever. Its result is judged against the private images under that same observation.
+A strategy returns the observation with cleaner gradients, with `trust` in its entries, or both, and may have the
+attack match by another distance; then the attack goes on as ever. Its result is judged against the private images
+under that same observation and distance.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fedsim.attacks.base import Attack
-from fedsim.attacks.gradient_matching import Autodiff, SliceError
+from fedsim.attacks.distances import AbsoluteError, SliceError
+from fedsim.attacks.estimates import noise_std, noisy_slices
+from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
 from fedsim.defenses.base import DefenseSettings
 from fedsim.defenses.denoising import marchenko_pastur_denoise
@@ -68,27 +71,24 @@ def slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Ob
     bounds = knowledge.public["slice_bounds"].tolist()
     found = attack.matching(partial(SliceError, bounds=tuple(bounds))).reconstruct(observation)
     p = one_hot(found.labels, observation.model.classes, observation.weights)
-    gradients, _ = Autodiff(observation.model, observation.weights).gradients(found.images.to(p), p)
+    engine = Autodiff(observation.model, observation.weights, observation.local)
+    gradients, _ = engine.gradients(found.images.to(p), p)
     widths = torch.tensor(bounds, device=gradients.device).diff()
     residuals = (gradients - observation.gradients).square()
     means = torch.stack([part.mean(1) for part in residuals.split(widths.tolist(), 1)], 1)
-    # An empty slice holds nothing to tell noisy from clean.
-    means = means.nan_to_num(nan=-1.0)
-    noisy = means.topk(getattr(knowledge.defense, "perturbed"), dim=1).indices  # noqa: B009
-    selected = torch.zeros_like(means, dtype=torch.bool).scatter_(1, noisy, True)
-    return _without_slices(observation, selected, widths)
+    return _without_slices(observation, noisy_slices(means, knowledge), knowledge)
 
 
 def told_slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Leave out the slices that the oracle was told."""
-    widths = knowledge.public["slice_bounds"].to(observation.weights.device).diff()
-    return _without_slices(observation, knowledge.secrets["selected"], widths)
+    return _without_slices(observation, knowledge.secrets["selected"], knowledge)
 
 
 def denoise(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Clean each gradient first, as the server cleans the aggregate: drop what noise alone would produce."""
-    std = _noise_std(knowledge.defense)
-    cleaned = [marchenko_pastur_denoise(gradient, std) for gradient in observation.gradients]
+    aspect = getattr(knowledge.defense, "aspect", 6.0)
+    pairs = zip(observation.gradients, noise_std(observation, knowledge).flatten().tolist(), strict=True)
+    cleaned = [marchenko_pastur_denoise(gradient, std, aspect) for gradient, std in pairs]
     return replace(observation, gradients=torch.stack(cleaned))
 
 
@@ -120,11 +120,11 @@ def agreement(observation: Observation, knowledge: Knowledge, attack: Attack) ->
 
 
 def likelihood(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
-    """Trust each parameter by how far it stands above noise of a strength that is known: ‖t‖² − d·σ² over ‖t‖².
+    """Trust each parameter by how far it stands above noise of strength σ: ‖t‖² − d·σ² over ‖t‖².
 
     Source: the Wiener filter's gain, one for each parameter.
     """
-    variance = _noise_std(knowledge.defense) ** 2
+    variance = noise_std(observation, knowledge).square()
     sizes = observation.model.layout.sizes
     powers = [part.square().mean(1, keepdim=True) for part in observation.gradients.split(sizes, 1)]
     gains = [(1 - variance / power.clamp_min(torch.finfo(power.dtype).tiny)).clamp_min(0) for power in powers]
@@ -133,8 +133,16 @@ def likelihood(observation: Observation, knowledge: Knowledge, attack: Attack) -
     return _trusting(observation, torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust)))
 
 
+def laplace(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave what was seen as it is, and match all rounds by `AbsoluteError`: see `armed`."""
+    return observation
+
+
 REPEATED = frozenset({"average", "agreement"})
 """Strategies that need several rounds at the same weights."""
+
+REMATCHED = frozenset({"laplace"})
+"""Strategies that match by a distance of their own, over all rounds."""
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
@@ -147,6 +155,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "average": average,
         "agreement": agreement,
         "likelihood": likelihood,
+        "laplace": laplace,
     }
 )
 
@@ -175,18 +184,25 @@ def apply(name: str, observation: Observation, attack: Attack) -> Observation:
     return STRATEGIES[name](observation, observation.knowledge, attack)
 
 
+def armed(name: str, observation: Observation, attack: Attack) -> Attack:
+    """Return the attack with the distance that a strategy matches by; most leave it as it is."""
+    if name not in REMATCHED:
+        return attack
+    assert observation.knowledge
+    return attack.matching(partial(AbsoluteError, repeats=observation.knowledge.repeats))
+
+
 def _trusting(observation: Observation, trust: Tensor) -> Observation:
     return replace(observation, trust=trust)
 
 
-def _without_slices(observation: Observation, selected: Tensor, widths: Tensor) -> Observation:
+def _without_slices(observation: Observation, selected: Tensor, knowledge: Knowledge) -> Observation:
     """Trust the slices that are not `selected` [N, n]; one that is all noise is matched as it is."""
-    trust = (~selected).to(observation.gradients).repeat_interleave(widths, 1)
+    bounds = knowledge.public["slice_bounds"].to(observation.weights.device)
+    trust = (~selected).to(observation.gradients).repeat_interleave(bounds.diff(), 1)
+    if getattr(knowledge.defense, "variant", "corrected") == "published":
+        # A published slice also perturbs the entry before it, or the very last one (trap 2).
+        before = (bounds[1:-1] - 1) % trust.shape[1]
+        for entry, noisy in zip(before.tolist(), selected[:, 1:].T, strict=True):
+            trust[noisy, entry] = 0
     return _trusting(observation, torch.where(trust.any(1, keepdim=True), trust, torch.ones_like(trust)))
-
-
-def _noise_std(defense: DefenseSettings) -> float:
-    """Return the standard deviation of the noise in one entry of what a client sends."""
-    sigma = float(getattr(defense, "sigma"))  # noqa: B009
-    share = getattr(defense, "perturbed", 1) / getattr(defense, "slices", 1)
-    return float(sigma * share**0.5)

@@ -137,8 +137,12 @@ class Defense:
         """Return what the scheme publishes for the coming rounds (e.g. slice bounds)."""
         return {}
 
-    def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
-        """Protect K updates on their clients: [K, d] → [K, d], in gradient units."""
+    def protect(self, updates: Tensor, context: ClientContext) -> Tensor | Sequence[Tensor]:
+        """Protect K updates on their clients: [K, d] → [K, d], in gradient units.
+
+        A scheme that works a client at a time may return a list of K vectors [d] instead. A client whose update is
+        not finite or has another size than d is left out of the round, counted and named in the log.
+        """
         return updates
 
     def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:

@@ -55,6 +55,10 @@ class LaplacianConfig(NoiseConfig):
         """Return the defense."""
         return AdditiveNoise(self, laplacian=True)
 
+    def strategies(self) -> tuple[str, ...]:
+        """Beside those against any noise, the distance that fits its distribution."""
+        return (*super().strategies(), "laplace")
+
 
 class AdditiveNoise(Defense):
     """Clips, then adds independent noise to every entry.

@@ -48,7 +48,8 @@ class CheckpointFolder:
         }
         arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.state.items()}
         write_atomically(path, save(arrays, metadata))
-        for old in self._files()[:-KEEP]:
+        # Only older ones are counted and removed: newer ones are damaged or foreign, and will be overwritten.
+        for old in [other for other in self._files() if other < path][: -(KEEP - 1)]:
             old.unlink(missing_ok=True)
         return path
 

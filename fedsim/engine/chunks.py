@@ -1,17 +1,17 @@
-"""What a worker computes: one chunk of a round, one probe of victims, one part of an evaluation. No Ray here."""
+"""What a worker computes: one chunk of a round, one shard of an attack, one part of an evaluation. No Ray here."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import grad_and_value
 from torch.nn import functional as F
 
 from fedsim.attacks import strategies
 from fedsim.defenses.base import Public
+from fedsim.engine.acceptance import judge
 from fedsim.engine.session import Session
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import Indices, as_tensor
@@ -24,7 +24,6 @@ from fedsim.privacy.observation import (
     Observation,
     Payload,
     Reconstruction,
-    Victim,
 )
 from fedsim.randomness import Purpose
 
@@ -46,7 +45,7 @@ class ChunkReport:
     Attributes:
         client_weights: Weight (examples used) of each accepted client, in client order.
         loss: Sum over accepted clients of weight × mean loss.
-        rejected: Clients whose update was not finite.
+        rejected: Clients whose updates cannot be used, and why.
         upload_bytes: Bytes that the clients sent, summed.
         local_seconds: Time in local training.
         defense_seconds: Time in the defense.
@@ -54,7 +53,7 @@ class ChunkReport:
 
     client_weights: tuple[float, ...]
     loss: float
-    rejected: tuple[int, ...]
+    rejected: dict[int, str]
     upload_bytes: float
     local_seconds: float
     defense_seconds: float
@@ -99,7 +98,7 @@ def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask
 
     Returns:
         Their weighted sum, shape [d + b] (the last b entries are the batch-norm statistics), and a report.
-        A client whose update is not finite has no weight.
+        A client whose update is not finite, or has not the model's size, has no weight.
     """
     start = time.perf_counter()
     schedules = [session.spec.schedule(task.round, client) for client in task.clients]
@@ -107,22 +106,18 @@ def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask
     trained = _now(weights.device)
     protected = _protect(session, weights, public, task, schedules, result)
     defended = _now(weights.device)
-    finite = protected.isfinite().all(dim=1) & result.statistics.isfinite().all(dim=1)
-    examples = _examples(session, task, schedules).to(weights.device)
-    used = torch.where(finite, examples, 0.0)
-    rows = torch.cat([protected, result.statistics], dim=1)
-    if not bool(finite.all()):
-        rows = torch.where(finite[:, None], rows, 0.0)
-    accepted = finite.tolist()
+    sent = judge(protected, result.statistics, session.model.layout.dimension)
+    examples = _examples(session, task, schedules)
+    used = torch.where(sent.mask, examples.to(weights.device), 0.0)
     report = ChunkReport(
-        client_weights=tuple(w for w, ok in zip(examples.tolist(), accepted, strict=True) if ok),
-        loss=float((torch.where(finite, result.losses, 0.0) * used).sum()),
-        rejected=tuple(c for c, ok in zip(task.clients, accepted, strict=True) if not ok),
-        upload_bytes=float(session.defense.upload_bytes(protected).sum()) + 4 * result.statistics.numel(),
+        client_weights=tuple(w for row, w in enumerate(examples.tolist()) if row not in sent.reasons),
+        loss=float((torch.where(sent.mask, result.losses, 0.0) * used).sum()),
+        rejected={task.clients[row]: reason for row, reason in sorted(sent.reasons.items())},
+        upload_bytes=float(session.defense.upload_bytes(sent.updates).sum()) + 4 * result.statistics.numel(),
         local_seconds=trained - start,
         defense_seconds=defended - trained,
     )
-    return session.aggregation.partial(rows, used), report
+    return session.aggregation.partial(sent.rows, used), report
 
 
 def _protect(
@@ -132,7 +127,7 @@ def _protect(
     task: ChunkTask,
     schedules: list[list[Indices]],
     result: LocalResult,
-) -> Tensor:
+) -> Tensor | Sequence[Tensor]:
     context = session.client_context(
         weights,
         public,
@@ -158,76 +153,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def probe(session: Session, weights: Tensor, public: Public, round_: int, victims: tuple[Victim, ...]) -> Payload:
-    """Return what victims send when each protects the gradient of its images at `weights` [d].
-
-    With `audit.payload: training` the victims' images are those of their batch in `round_` and their private
-    randomness is that of the training round, so that the payload is the very update they contribute.
-    """
-    training = session.spec.config.audit.payload == "training"
-    purpose = Purpose.PROTECTION if training else Purpose.PROBE_PROTECTION
-    streams = [victim.stream for victim in victims]
-    schedules = [np.split(victim.images, victim.steps) for victim in victims]
-    steps = len(schedules[0])
-    if steps == 1:
-        updates, statistics = _batch_gradients(session, weights, [batch for (batch,) in schedules])
-    else:
-        result = session.trainer.train(weights, schedules)
-        updates, statistics = result.updates, result.statistics
-    batches = [schedule[0] for schedule in schedules]
-    context = session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
-    protected = session.defense.protect(updates, context)
-    # A context of its own: its streams start afresh, so that the same draws are made again.
-    secrets = session.defense.secrets(
-        session.client_context(weights, public, batches, purpose, round_, streams, local_steps=steps)
-    )
-    return Payload(
-        session.aggregation.visible(protected).detach().cpu().numpy(),
-        statistics.cpu().numpy(),
-        _repeats(session, weights, public, round_, victims, updates),
-        {name: tensor.cpu().numpy() for name, tensor in public.items()},
-        {name: tensor.cpu().numpy() for name, tensor in secrets.items()},
-    )
-
-
-def _batch_gradients(session: Session, weights: Tensor, batches: list[Indices]) -> tuple[Tensor, Tensor]:
-    """Return the gradients [N, d] of N batches, and the batch-norm statistics [N, b] that they showed."""
-    model = session.model
-
-    def loss(at: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits, statistics = model.logits_and_statistics(at, images)
-        return F.cross_entropy(logits, labels), statistics
-
-    gradients, statistics = [], []
-    for batch in batches:
-        images, labels = session.train_data.take(batch)
-        gradient, (_, seen) = grad_and_value(loss, has_aux=True)(weights, images, labels)
-        gradients.append(gradient)
-        statistics.append(seen.detach())
-    return torch.stack(gradients), torch.stack(statistics)
-
-
-def _repeats(
-    session: Session,
-    weights: Tensor,
-    public: Public,
-    round_: int,
-    victims: tuple[Victim, ...],
-    gradients: Tensor,
-) -> NDArray[np.float32]:
-    """Return the victims' gradients [N, d] protected again with fresh draws, shape [N, R − 1, d]."""
-    repeats = session.spec.config.audit.observations - 1
-    seen = gradients.new_empty(len(gradients), repeats, gradients.shape[1])
-    for repeat in range(repeats):
-        streams = [victim.stream * repeats + repeat for victim in victims]
-        batches = [np.split(victim.images, victim.steps)[0] for victim in victims]
-        context = session.client_context(
-            weights, public, batches, Purpose.PROBE_REPEATS, round_, streams, local_steps=victims[0].steps
-        )
-        seen[:, repeat] = session.aggregation.visible(session.defense.protect(gradients, context))
-    return np.asarray(seen.detach().cpu().numpy(), dtype=np.float32)
-
-
 def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> tuple[Reconstruction, Payload]:
     """Attack the victims of `payload`, whose gradients were taken at `weights` [d].
 
@@ -240,9 +165,9 @@ def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) 
         payload,
         gradients=observation.gradients.cpu().numpy(),
         trust=None if observation.trust is None else observation.trust.cpu().numpy(),
-        repeats=None,
+        repeats=payload.repeats if job.strategy in strategies.REMATCHED else None,
     )
-    return attack.reconstruct(observation).cpu(), seen
+    return strategies.armed(job.strategy, observation, attack).reconstruct(observation).cpu(), seen
 
 
 def matching_loss(
@@ -250,7 +175,7 @@ def matching_loss(
 ) -> Tensor | None:
     """Return the attack's loss at the private images, shape [N]: for the audit, never for an attack."""
     observation = _observation(session, weights, payload, job)
-    attack = session.spec.config.attacks[job.attack].build()
+    attack = strategies.armed(job.strategy, observation, session.spec.config.attacks[job.attack].build())
     loss = attack.matching_loss(observation, images.to(session.device), labels.to(session.device))
     return None if loss is None else loss.detach().cpu()
 
@@ -280,6 +205,7 @@ def _knowledge(session: Session, payload: Payload, job: AttackJob) -> Knowledge:
         {name: as_tensor(array, session.device) for name, array in payload.public.items()},
         {name: as_tensor(array, session.device) for name, array in secrets.items()},
         as_tensor(repeats, session.device),
+        session.spec.config.audit.parameters,
     )
 
 

@@ -1,6 +1,5 @@
 """One simulation on the engine: rounds, evaluations, probes and attacks, as calls on the pool and the server."""
 
-import statistics
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -10,16 +9,17 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from torch import Tensor
 
 from fedsim.data.datasets import Dataset
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
-from fedsim.engine.pool import Faults
+from fedsim.engine.pool import PING_SECONDS, TRIES, Faults, fetch
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import RunError
+from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
 EVALUATION_SHARD = 2000
@@ -44,7 +44,11 @@ class RoundRecord:
         idle_seconds: Mean worker time not spent on local training or defense.
         upload_bytes: Mean bytes that a client sent.
         clients: Clients whose updates counted.
-        rejected: Clients whose updates were not finite.
+        rejected: Clients whose updates could not be used, and why.
+        clients_dropped: Sampled clients that never reported.
+        clients_late: Sampled clients that reported too late.
+        late_bytes: What these sent in vain, taken to be as much a client as the others.
+        simulated_seconds: Simulated time until the server had its updates; None without stragglers.
     """
 
     round: int
@@ -57,20 +61,35 @@ class RoundRecord:
     idle_seconds: float
     upload_bytes: float
     clients: int
-    rejected: tuple[int, ...]
+    rejected: dict[int, str]
+    clients_dropped: int
+    clients_late: int
+    late_bytes: float
+    simulated_seconds: float | None
 
 
 class Federation:
     """The clients and the server of one simulation."""
 
-    def __init__(self, spec: SessionSpec, dataset: Dataset, runtime: Runtime, state: Arrays | None = None) -> None:
-        """Open the simulation on the server, at its initial weights or at a checkpoint's `state`."""
-        self.spec, self.runtime = spec, runtime
+    def __init__(
+        self,
+        spec: SessionSpec,
+        dataset: Dataset,
+        runtime: Runtime,
+        state: Arrays | None = None,
+        rounds_done: int = 0,
+    ) -> None:
+        """Open the simulation on the server, at its initial weights or at a checkpoint's `state`.
+
+        Attributes:
+            rounds_done: Rounds behind the present weights.
+        """
+        self.spec, self.runtime, self.rounds_done = spec, runtime, rounds_done
         self._test_images = len(dataset.test_labels)
         shared = runtime.put(dataset.fingerprint, dataset)
         self._handle = (uuid.uuid4().hex, [ray.put(spec), shared])
-        self._output = self._open(state)
         self._faults_before = replace(runtime.pool.faults)
+        self._output = self._open(state)
 
     @property
     def faults(self) -> Faults:
@@ -94,9 +113,26 @@ class Federation:
             RunError: If too few clients sent a usable update, or a chunk cost three workers.
         """
         start = time.perf_counter()
-        cohort = self.spec.cohort(round_)
-        width = self.spec.config.runtime.chunk_width(len(cohort))
-        tasks = [ChunkTask(round_, tuple(cohort[at : at + width])) for at in range(0, len(cohort), width)]
+        who = self.spec.participation(round_)
+        self._check_quorum(round_, who, [])
+        for _ in range(TRIES):
+            reports, partials = self._compute(round_, who.clients)
+            self._check_quorum(round_, who, reports)
+            try:
+                server_seconds = self._finish(round_, reports, partials)
+            except ObjectLostError:
+                # Sums went with their node before the server had them: only the clients can make them again.
+                self.runtime.pool.faults.chunks_retried += len(reports)
+                continue
+            return self._record(round_, time.perf_counter() - start, who, reports, server_seconds)
+        raise RunError(f"round {round_}: {TRIES} times in a row a node was lost with its clients' updates")
+
+    def _compute(self, round_: int, clients: tuple[int, ...]) -> tuple[list[ChunkReport], list[Any]]:
+        """Let the workers train the clients; return the chunks' reports and references to their sums, in order."""
+        width = self.spec.config.runtime.chunk_width(self.spec.config.federation.clients_per_round)
+        # Of equal width, but for one client: a last chunk that is much smaller would leave workers idle.
+        parts = np.array_split(np.array(clients), -(-len(clients) // width))
+        tasks = [ChunkTask(round_, tuple(part.tolist())) for part in parts]
         reports: dict[int, ChunkReport] = {}
         returned = self.runtime.pool.map(
             "run_chunk",
@@ -104,12 +140,7 @@ class Federation:
             lambda index: f"round {round_}: the chunk of clients {list(tasks[index].clients)}",
             reports.__setitem__,
         )
-        ordered = [reports[index] for index in range(len(tasks))]
-        client_weights = tuple(weight for report in ordered for weight in report.client_weights)
-        self._check_quorum(round_, len(client_weights), len(cohort))
-        server_seconds = self._finish(round_, client_weights, [partial for partial, _ in returned])
-        seconds = time.perf_counter() - start
-        return self._record(round_, seconds, ordered, client_weights, server_seconds)
+        return [reports[index] for index in range(len(tasks))], [partial for partial, _ in returned]
 
     def evaluate(self) -> tuple[float, float]:
         """Return accuracy (0–1) and mean loss of the global weights on the test set."""
@@ -161,31 +192,47 @@ class Federation:
         self.runtime.pool.map(method, calls, lambda index: f"{what} ({index})", results.__setitem__)
         return [results[index] for index in range(len(calls))]
 
-    def _check_quorum(self, round_: int, usable: int, cohort: int) -> None:
-        least = self.spec.config.federation.min_clients
+    def _check_quorum(self, round_: int, who: Participation, reports: list[ChunkReport]) -> None:
+        rejected = sum(len(report.rejected) for report in reports)
+        usable, least = len(who.clients) - rejected, self.spec.config.federation.min_clients
         if usable < least:
+            sampled = len(who.clients) + len(who.dropped) + len(who.late)
             raise RunError(
-                f"round {round_}: {usable} of {cohort} clients sent a finite update, fewer than "
-                f"federation.min_clients ({least}); a lower federation.learning_rate may help"
+                f"round {round_}: {usable} of {sampled} clients sent a usable update, fewer than "
+                f"federation.min_clients ({least}): {len(who.dropped)} dropped out, {len(who.late)} were late, "
+                f"{rejected} sent what is not finite or has the wrong size"
             )
 
     def _open(self, state: Any) -> RoundOutput:
-        return RoundOutput(*self.runtime.server.open.remote(self._handle, state))
+        """Open the simulation on the server, waiting for a server that is on its way back."""
+        start, limit = time.monotonic(), self.runtime.pool.recovery_seconds
+        while True:
+            output = RoundOutput(*self.runtime.server.open.remote(self._handle, state))
+            try:
+                fetch(output.seconds)
+                return output
+            except RayActorError:
+                if time.monotonic() - start > limit:
+                    raise RunError(f"the parameter server died and did not come back in {limit:g} s") from None
+                time.sleep(PING_SECONDS)
 
-    def _finish(self, round_: int, client_weights: tuple[float, ...], partials: list[Any]) -> dict[str, float]:
+    def _finish(self, round_: int, reports: list[ChunkReport], partials: list[Any]) -> dict[str, float]:
         """Let the server finish the round; a server that died is reopened from the round before."""
+        client_weights = tuple(weight for report in reports for weight in report.client_weights)
         while True:
             references = self.runtime.server.finish_round.remote(
                 self._handle[0], round_, client_weights, *partials
             )
             try:
-                seconds: dict[str, float] = ray.get(references[-1])
+                seconds: dict[str, float] = fetch(references[-1])
             except (RayActorError, SessionLostError):
                 self.runtime.pool.faults.server_restarts += 1
                 if self.faults.server_restarts > SERVER_RESTARTS:
                     raise RunError(f"round {round_}: the parameter server keeps dying") from None
                 self._open(self._output.state)
                 continue
+            # In this order: an interruption in between then leaves a count that fits no history.
+            self.rounds_done += 1
             self._output = RoundOutput(*references)
             return seconds
 
@@ -193,14 +240,15 @@ class Federation:
         self,
         round_: int,
         seconds: float,
+        who: Participation,
         reports: list[ChunkReport],
-        client_weights: tuple[float, ...],
         server_seconds: dict[str, float],
     ) -> RoundRecord:
         local = sum(report.local_seconds for report in reports)
         defense = sum(report.defense_seconds for report in reports)
-        rejected = tuple(client for report in reports for client in report.rejected)
-        clients = len(client_weights) + len(rejected)
+        rejected = {client: reason for report in reports for client, reason in report.rejected.items()}
+        client_weights = [weight for report in reports for weight in report.client_weights]
+        upload_bytes = sum(report.upload_bytes for report in reports) / len(who.clients)
         return RoundRecord(
             round=round_,
             loss=sum(report.loss for report in reports) / sum(client_weights),
@@ -210,38 +258,11 @@ class Federation:
             aggregate_seconds=server_seconds["aggregate"],
             compensate_seconds=server_seconds["compensate"],
             idle_seconds=seconds - (local + defense) / len(self.runtime.pool.workers),
-            upload_bytes=sum(report.upload_bytes for report in reports) / clients,
+            upload_bytes=upload_bytes,
             clients=len(client_weights),
             rejected=rejected,
+            clients_dropped=len(who.dropped),
+            clients_late=len(who.late),
+            late_bytes=len(who.late) * upload_bytes,
+            simulated_seconds=who.seconds,
         )
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Round time with a defense over without, from paired rounds.
-
-    Attributes:
-        pairs: Number of pairs.
-        median: Median of (with / without − 1).
-        low: Lower quartile.
-        high: Upper quartile.
-    """
-
-    pairs: int
-    median: float
-    low: float
-    high: float
-
-
-def measure_overhead(plain: Federation, defended: Federation, first_round: int, pairs: int) -> Overhead:
-    """Time rounds with and without a defense in turn on the same workers, because clocks drift.
-
-    The first pair warms up and does not count; which of the two goes first alternates.
-    """
-    ratios = []
-    for pair in range(pairs + 1):
-        order = (plain, defended) if pair % 2 else (defended, plain)
-        seconds = {id(one): one.run_round(first_round + pair).seconds for one in order}
-        ratios.append(seconds[id(defended)] / seconds[id(plain)] - 1)
-    low, median, high = statistics.quantiles(ratios[1:], n=4) if pairs > 1 else ratios[1:] * 3
-    return Overhead(pairs, median, low, high)

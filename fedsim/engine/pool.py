@@ -8,16 +8,18 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from fedsim.errors import RunError
+from fedsim.errors import FedsimError, RunError
 
 IN_FLIGHT = 2
 """Calls queued at a worker, so that the next one is there when it ends one."""
 TRIES = 3
 """Workers that a call may cost before it is given up."""
-RECOVERY_SECONDS = 120
+RECOVERY_SECONDS = 120.0
+"""How long a map waits when every worker is away."""
 PING_SECONDS = 0.1
+"""Between two looks at workers that are away."""
 
 
 @dataclass
@@ -42,20 +44,30 @@ class _Call:
     references: list[Any] = field(default_factory=list)
 
 
-@dataclass
-class _Recovery:
-    ping: Any
-    since: float = field(default_factory=time.monotonic)
+def fetch(reference: Any) -> Any:
+    """Return the value behind a reference; an error raised by fedsim on purpose comes without Ray's traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, FedsimError):
+            raise error.cause from None
+        raise
 
 
 class WorkerPool:
     """Sends calls to whichever worker is free and hands the results back in call order."""
 
-    def __init__(self, workers: Sequence[ActorHandle]) -> None:
-        """Use `workers`, actors that Ray restarts when they die."""
-        self.workers = list(workers)
+    def __init__(self, workers: Sequence[ActorHandle], recovery_seconds: float = RECOVERY_SECONDS) -> None:
+        """Use `workers`, actors that Ray restarts when they die.
+
+        Attributes:
+            faults: What went wrong so far.
+            recovery_seconds: How long a `map` waits when every worker is away.
+            recovering: By number of a worker that is away: the sign of life that it was asked for.
+        """
+        self.workers, self.recovery_seconds = list(workers), recovery_seconds
         self.faults = Faults()
-        self.recovering: dict[int, _Recovery] = {}
+        self.recovering: dict[int, Any] = {}
 
     def map(
         self,
@@ -67,7 +79,8 @@ class WorkerPool:
         """Run `method` once for each tuple of arguments.
 
         A worker holds at most two calls. A call whose worker died is tried again, alone on a worker, so that
-        a call that kills workers is told from one that merely stood in the queue behind it.
+        a call that kills workers is told from one that merely stood in the queue behind it. A worker that is away
+        is done without until it answers again.
 
         Args:
             method: Name of a method of the workers.
@@ -79,7 +92,8 @@ class WorkerPool:
             The object references of each call's return values, in call order.
 
         Raises:
-            RunError: If one call has cost three workers, or a worker does not come back.
+            RunError: If one call has cost three workers, or all workers stay away.
+            FedsimError: What a call itself raised.
         """
         dispatch = _Dispatch(self, method, describe)
         return dispatch.run([_Call(index, arguments) for index, arguments in enumerate(calls)], on_result)
@@ -98,22 +112,21 @@ class _Dispatch:
         self.suspects: deque[_Call] = deque()
         self.held: dict[int, list[_Call]] = {number: [] for number in range(len(pool.workers))}
         self.recovering = pool.recovering
+        self.last_alive = time.monotonic()
 
     def run(self, calls: list[_Call], on_result: Callable[[int, Any], None] | None) -> list[list[Any]]:
         self.waiting.extend(calls)
         remaining = len(calls)
         while remaining:
+            self._welcome()
             self._fill()
-            owner = {call.references[-1]: (w, call) for w, held in self.held.items() for call in held}
-            pings = {recovery.ping: worker for worker, recovery in self.recovering.items()}
-            ready, _ = ray.wait([*owner, *pings], num_returns=1)
-            if ready[0] in pings:
-                self._welcome(pings[ready[0]])
+            ended = self._next()
+            if ended is None:
                 continue
-            worker, call = owner[ready[0]]
+            worker, call = ended
             try:
-                value = ray.get(ready[0])
-            except RayActorError:
+                value = fetch(call.references[-1])
+            except (RayActorError, ObjectLostError):
                 self._lost(worker, call)
                 continue
             self.held[worker].remove(call)
@@ -121,6 +134,15 @@ class _Dispatch:
             if on_result:
                 on_result(call.index, value)
         return [call.references for call in calls]
+
+    def _next(self) -> tuple[int, _Call] | None:
+        """Return a call that has ended, and its worker; None if it is time to look for workers that are away."""
+        owner = {call.references[-1]: (worker, call) for worker, held in self.held.items() for call in held}
+        if not owner:
+            time.sleep(PING_SECONDS)
+            return None
+        ready, _ = ray.wait(list(owner), num_returns=1, timeout=PING_SECONDS if self.recovering else None)
+        return owner[ready[0]] if ready else None
 
     def _fill(self) -> None:
         for depth in range(IN_FLIGHT):
@@ -145,20 +167,27 @@ class _Dispatch:
         call.suspect = True
         if worker not in self.recovering:
             self.pool.faults.workers_lost += 1
-            self.recovering[worker] = _Recovery(self.pool.ping(worker))
+            self.recovering[worker] = self.pool.ping(worker)
             call.failures += at_work
         if call.failures >= TRIES:
             raise RunError(f"{self.describe(call.index)} cost {TRIES} workers in a row and was given up")
         self.suspects.append(call)
 
-    def _welcome(self, worker: int) -> None:
-        """Use a worker again if it answers; else ask once more a little later."""
-        recovery = self.recovering[worker]
-        try:
-            ray.get(recovery.ping)
-            del self.recovering[worker]
-        except RayActorError:
-            if time.monotonic() - recovery.since > RECOVERY_SECONDS:
-                raise RunError(f"worker {worker} died and did not come back in {RECOVERY_SECONDS} s") from None
-            time.sleep(PING_SECONDS)
-            recovery.ping = self.pool.ping(worker)
+    def _welcome(self) -> None:
+        """Use workers again that answer; ask the others once more, and give up when all are away for too long.
+
+        The time is counted anew in each map: what was lost in one simulation is not held against the next.
+        """
+        for worker, ping in list(self.recovering.items()):
+            if not ray.wait([ping], timeout=0)[0]:
+                continue
+            try:
+                ray.get(ping)
+                del self.recovering[worker]
+            except RayActorError:
+                self.recovering[worker] = self.pool.ping(worker)
+        now, limit = time.monotonic(), self.pool.recovery_seconds
+        if len(self.recovering) < len(self.pool.workers):
+            self.last_alive = now
+        elif now - self.last_alive > limit:
+            raise RunError(f"all {len(self.pool.workers)} workers died and none came back in {limit:g} s")

@@ -3,14 +3,18 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
@@ -59,8 +63,13 @@ class Cluster:
             common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
         try:
             ray.init(address=address or "local", namespace="fedsim", **common)
-        except Exception as error:  # Ray raises a bare Exception when its processes are slow to start
+            if threading.current_thread() is threading.main_thread():
+                # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
+        except BaseException as error:  # Ray raises a bare Exception when its processes are slow to start
             self.close()
+            if not isinstance(error, Exception):
+                raise
             where = address or "this machine"
             raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
 
@@ -110,8 +119,8 @@ class Runtime:
                 resources["num_gpus"] = config.gpus_per_worker
             count = self._worker_count(gpus)
             restart = {"max_restarts": -1, "max_task_retries": 0}
-            worker = ray.remote(ClientWorker).options(**restart, **resources)
-            server = ray.remote(ParameterServer).options(**restart, num_cpus=0)
+            worker = ray.remote(ClientWorker).options(**restart, **resources, **_spread())
+            server = ray.remote(ParameterServer).options(**restart, num_cpus=0, scheduling_strategy=_here())
             paths = [os.getcwd(), *sys.path]
             workers = [worker.remote(paths) for _ in range(count)]
             self.server = server.remote(paths)
@@ -159,3 +168,13 @@ class Runtime:
     ) -> None:
         """Close the runtime."""
         self.close()
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """Keep the server on the driver's node, so that no other node's loss takes what the rounds have left."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _spread() -> dict[str, Any]:
+    """Put workers on as many nodes as there are, or where a trial's placement group has room for them."""
+    return {} if get_current_placement_group() else {"scheduling_strategy": "SPREAD"}

@@ -18,6 +18,7 @@ from fedsim.defenses.base import ClientBatch, ClientContext, Defense, Public
 from fedsim.learning.batches import ImageStore, Indices, local_batches
 from fedsim.learning.models import Model, build_model
 from fedsim.learning.training import LocalTrainer, build_trainer, choose_execution
+from fedsim.participation import Participation, participation
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
 
 T = TypeVar("T")
@@ -41,12 +42,22 @@ class SessionSpec:
         """Build the model for the images of `dataset`, initialised from the experiment's seed."""
         return build_model(self.config.model, dataset.shape, dataset.classes, self.config.seed)
 
-    def cohort(self, round_: int) -> list[int]:
-        """Draw the clients of a round, in client order."""
+    def participation(self, round_: int) -> Participation:
+        """Draw who is sampled for a round, who drops out, who is late and whose updates are used."""
         federation = self.config.federation
-        rng = numpy_stream(self.config.seed, Purpose.COHORT, round_)
-        drawn = rng.choice(federation.clients, federation.clients_per_round, replace=False)
-        return sorted(drawn.tolist())
+        return participation(
+            self.config.seed,
+            round_,
+            population=federation.clients,
+            wanted=federation.clients_per_round,
+            over_sampling=federation.over_sampling,
+            dropout=federation.dropout,
+            stragglers=federation.stragglers,
+        )
+
+    def cohort(self, round_: int) -> tuple[int, ...]:
+        """Return the clients of a round whose updates are used, in client order."""
+        return self.participation(round_).clients
 
     def schedule(self, round_: int, client: int) -> list[Indices]:
         """Draw the batches of one client in one round."""

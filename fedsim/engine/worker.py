@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.engine import chunks
+from fedsim.engine import chunks, probes
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.process import start_process
 from fedsim.engine.session import Session
@@ -28,6 +28,10 @@ class ClientWorker:
         """Start on the GPU that Ray gave this actor, or on one CPU thread; `sys_path` finds users' modules."""
         start_process(sys_path)
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+        if 0 < share < 1:
+            # Its own part of the memory: else one worker's cache could leave the others of this GPU none.
+            torch.cuda.set_per_process_memory_fraction(share)
         self._sessions: dict[str, Session] = {}
 
     def pid(self) -> int:
@@ -51,9 +55,9 @@ class ClientWorker:
     def probe(
         self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]
     ) -> Payload:
-        """See `chunks.probe`."""
+        """See `probes.probe`."""
         session = self._session(handle)
-        return chunks.probe(session, self._tensor(weights), self._tensors(public), round_, victims)
+        return probes.probe(session, self._tensor(weights), self._tensors(public), round_, victims)
 
     def evaluate(
         self, handle: Handle, weights: Array, statistics: Array, start: int, stop: int

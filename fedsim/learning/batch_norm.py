@@ -11,7 +11,7 @@ The choices, made on purpose because published code leaves them to chance:
 No buffer is mutated in a forward pass, so the layers work under `torch.func` transforms as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,9 @@ def _converted(layer: nn.BatchNorm2d) -> FederatedBatchNorm2d:
     return new
 
 
-def collect_statistics(module: nn.Module, like: Tensor) -> Tensor:
-    """Return what the layers saw in the last train-mode forward pass: [b], means and variances by layer."""
-    seen = [layer.seen for layer in layers(module) if layer.seen is not None]
+def collect_statistics(of: Iterable[FederatedBatchNorm2d], like: Tensor) -> Tensor:
+    """Return what some layers saw in the last train-mode forward pass: [b], means and variances by layer."""
+    seen = [layer.seen for layer in of if layer.seen is not None]
     return torch.cat(seen) if seen else like.new_zeros(0)
 
 

@@ -173,7 +173,26 @@ class Model:
     def logits_and_statistics(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `logits`, with the batch-norm statistics [b] that this batch showed."""
         logits = self.logits(weights, images)
-        return logits, batch_norm.collect_statistics(self.module, logits)
+        return logits, batch_norm.collect_statistics(batch_norm.layers(self.module), logits)
+
+    def statistics(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Return means and variances [b] of what enters the batch-norm layers; differentiable in `images`.
+
+        Unlike those of `logits_and_statistics` they are there in eval mode as well.
+        """
+        found: dict[nn.Module, Tensor] = {}
+
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+            found[layer] = torch.cat([mean, variance])
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in batch_norm.layers(self.module)]
+        try:
+            self.logits(weights, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([found[layer] for layer in batch_norm.layers(self.module)])
 
     def representation(self, weights: Tensor, images: Tensor, name: str | None = None) -> Tensor:
         """Return the input of a layer, by default the first fully connected one; differentiable in `images`."""

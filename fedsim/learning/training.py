@@ -42,6 +42,15 @@ class LocalResult:
     losses: Tensor
     statistics: Tensor
 
+    @classmethod
+    def join(cls, parts: "list[LocalResult]") -> "LocalResult":
+        """Put the clients of several parts one after the other."""
+        return cls(
+            torch.cat([part.updates for part in parts]),
+            torch.cat([part.losses for part in parts]),
+            torch.cat([part.statistics for part in parts]),
+        )
+
 
 class LocalTrainer(Protocol):
     """Trains the clients of a chunk from the same weights."""
@@ -57,9 +66,30 @@ def choose_execution(device: torch.device, batch_size: int) -> Execution:
 
 
 def build_trainer(model: Model, data: ImageStore, learning_rate: float, execution: Execution) -> LocalTrainer:
-    """Return the trainer of the wanted execution."""
+    """Return the trainer of the wanted execution; on a GPU it makes do with the memory that there is."""
     kind = LoopTrainer if execution == "loop" else VectorizedTrainer
-    return kind(model, data, learning_rate)
+    trainer = kind(model, data, learning_rate)
+    return HalvingTrainer(trainer) if data.images.is_cuda else trainer
+
+
+class HalvingTrainer:
+    """Trains a chunk in two halves, and these likewise, when the memory of the device runs out."""
+
+    def __init__(self, trainer: LocalTrainer) -> None:
+        """Train by `trainer`."""
+        self.trainer = trainer
+
+    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        """See `LocalTrainer.train`; a single client that does not fit raises torch.OutOfMemoryError."""
+        try:
+            return self.trainer.train(weights, schedules)
+        except torch.OutOfMemoryError:
+            if len(schedules) == 1:
+                raise
+        # Outside the except block, where the failed attempt's tensors are no longer held by its traceback.
+        torch.cuda.empty_cache()
+        middle = len(schedules) // 2
+        return LocalResult.join([self.train(weights, half) for half in (schedules[:middle], schedules[middle:])])
 
 
 class LoopTrainer:
@@ -68,6 +98,7 @@ class LoopTrainer:
     def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
         """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
         self.module = copy.deepcopy(model.module).train()
+        self.normalizers = tuple(batch_norm.layers(self.module))
         self.data, self.learning_rate = data, learning_rate
         device = data.images.device
         self.weights = torch.zeros(model.layout.dimension, device=device)
@@ -87,7 +118,7 @@ class LoopTrainer:
         losses, statistics = [], []
         for row, batches in zip(updates, schedules, strict=True):
             losses.append(self._train_client(weights, batches, row))
-            statistics.append(batch_norm.collect_statistics(self.module, weights).detach())
+            statistics.append(batch_norm.collect_statistics(self.normalizers, weights).detach())
         return LocalResult(updates, torch.stack(losses), torch.stack(statistics))
 
     def _train_client(self, weights: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
@@ -128,12 +159,7 @@ class VectorizedTrainer:
         """See `LocalTrainer.train`."""
         if len({tuple(map(len, batches)) for batches in schedules}) == 1:
             return self._train_equal(weights, schedules)
-        parts = [self._train_equal(weights, [batches]) for batches in schedules]
-        return LocalResult(
-            torch.cat([part.updates for part in parts]),
-            torch.cat([part.losses for part in parts]),
-            torch.cat([part.statistics for part in parts]),
-        )
+        return LocalResult.join([self._train_equal(weights, [batches]) for batches in schedules])
 
     def _train_equal(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         steps = [self.data.take(np.stack(batches)) for batches in zip(*schedules, strict=True)]

@@ -16,6 +16,9 @@ Adversary = Literal["naive", "adaptive", "oracle"]
 """What the attacker knows of the defense: not that there is one; the scheme and its public parameters; also what
 was drawn in secret this round, an upper bound for any attacker who infers it."""
 
+Parameters = Literal["public", "estimated"]
+"""Whether who knows the scheme also knows its parameters (number of noisy slices, strength of the noise)."""
+
 
 @dataclass(frozen=True)
 class Victim:
@@ -56,12 +59,12 @@ class Payload:
 
     @classmethod
     def join(cls, parts: "list[Payload]") -> "Payload":
-        """Put the payloads of several shards of victims one after the other; they have no repeats any more."""
+        """Put the payloads of several shards of victims one after the other."""
         first = parts[0]
         return cls(
             np.concatenate([part.gradients for part in parts]),
             np.concatenate([part.statistics for part in parts]),
-            None,
+            None if first.repeats is None else np.concatenate([r for p in parts if (r := p.repeats) is not None]),
             first.public,
             {name: np.concatenate([part.secrets[name] for part in parts]) for name in first.secrets},
             None if first.trust is None else np.concatenate([t for p in parts if (t := p.trust) is not None]),
@@ -88,12 +91,14 @@ class Knowledge:
         public: What it published for the round.
         secrets: What it drew in secret, each with a leading dimension N; empty for all but the oracle.
         repeats: What the victims sent in other rounds at the same weights, shape [N, R − 1, d].
+        parameters: Whether the scheme's own parameters are known or have to be estimated.
     """
 
     defense: DefenseSettings
     public: Mapping[str, Tensor]
     secrets: Mapping[str, Tensor]
     repeats: Tensor
+    parameters: Parameters = "public"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fedsim.config import ExperimentConfig, TrackingConfig, merged, parse_config
 from fedsim.errors import ConfigError
 from fedsim.schema import Schema, explain, suggest
 from fedsim.sweep.metrics import ROUND_METRICS, reported_metrics
-from fedsim.sweep.space import Point, Settings, Space, lay
+from fedsim.sweep.space import Interval, Point, Settings, Space, lay
 
 
 class Objective(Schema):
@@ -148,8 +148,11 @@ class SweepConfig(Schema):
         if isinstance(self.scheduler, PbtConfig):
             if self.alternatives or isinstance(self.search, OptunaSearchConfig) or len(self.seeds) > 1:
                 raise ValueError("scheduler: pbt takes one space without alternatives, one seed and random search")
-            if not self.parsed_space().has_random:
-                raise ValueError("scheduler: pbt needs an axis that it may change (choice or an interval)")
+            axes = list(self.parsed_space().alternatives[0].random.values())
+            if not axes or not all(isinstance(axis, Interval) and axis.step is None for axis in axes):
+                raise ValueError("scheduler: pbt needs axes that it may change a little: uniform or loguniform")
+            if self.concurrent:
+                raise ValueError("concurrent: a population trains as many members at a time as the cluster holds")
         if isinstance(self.search, OptunaSearchConfig) and self.budget.trials is None:
             raise ValueError("budget.trials: optuna needs to know how many points to try")
         for metric in self.stop:

@@ -154,7 +154,9 @@ class Sweep:
     def _tune(self, parent_run: str | None) -> list[Outcome]:
         search, space, trials = self._search()
         if trials > 0:
-            os.environ.update(TUNE_SETTINGS)
+            # A population meets only if Tune knows all of it, also those that wait for a place.
+            pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(trials)} if self.evolving else {}
+            os.environ.update(TUNE_SETTINGS | pending)
             rule = StopRule(self.config)
             progress = SweepProgress(self.config, trials, self.outcomes, rule, self.console)
             with progress.bar:

@@ -84,13 +84,6 @@ class Interval:
             return self._at(trial.suggest_int(path, 0, self._steps))
         return float(trial.suggest_float(path, self.low, self.high, log=self.log))
 
-    def nearest(self, value: float) -> float:
-        """Return the value of the axis that is nearest to a number."""
-        inside = min(max(float(value), self.low), self.high)
-        if self.step is None:
-            return inside
-        return self._at(min(self._steps, round((inside - self.low) / self.step)))
-
     @property
     def _steps(self) -> int:
         assert self.step is not None

@@ -22,6 +22,7 @@ from fedsim.progress import Reporter
 from fedsim.results import RunFolder, SimulationResult
 from fedsim.simulation import Simulation
 from fedsim.sweep.config import PbtConfig, SweepConfig, point_id
+from fedsim.sweep.evolution import AGE
 from fedsim.sweep.metrics import ROUND_METRICS, final_metrics
 from fedsim.sweep.space import Point
 from fedsim.tracking import TrackedRun, Tracker
@@ -121,12 +122,13 @@ class TuneReporter(Reporter):
         """
         self.rounds_before, self.every = 0, bool(wanted & {"loss", "seconds", "upload_bytes"})
         self.began, self.setup = time.monotonic(), 0.0
-        self.reported = 0.0
+        self.reported, self.rounds = 0.0, 0
         self.checkpoint: Path | None = None
 
     def begin(self, title: str, rounds: int, done: int = 0) -> None:
         """Note how long it took until the first simulation could begin."""
         self.setup = self.setup or time.monotonic() - self.began
+        self.rounds = rounds
 
     def times(self) -> dict[str, float]:
         """Return the seconds of the trial's set-up and of the whole trial."""
@@ -139,11 +141,12 @@ class TuneReporter(Reporter):
             return
         self.reported = now
         metrics = {name: record[name] for name in ROUND_METRICS if record.get(name) is not None}
+        done = record["round"] + 1
+        metrics["round"] = self.rounds_before + done
+        if done < self.rounds:
+            metrics[AGE] = done
         saved, self.checkpoint = self.checkpoint, None
-        tune.report(
-            {**metrics, "round": self.rounds_before + record["round"] + 1},
-            checkpoint=tune.Checkpoint.from_directory(str(saved)) if saved else None,
-        )
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(str(saved)) if saved else None)
 
     def saved(self, checkpoint: Path) -> None:
         """Hand the checkpoint to Tune with the next report, so that another node can go on from it."""

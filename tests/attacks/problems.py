@@ -1,5 +1,7 @@
 """Small observations and slow references shared by the tests of attacks."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +47,20 @@ def observe(
         labels=labels if know_labels else None,
         seeds=tuple(range(first_seed, first_seed + len(images))),
     )
+
+
+def squared(g: Tensor, t: Tensor, sizes: Sequence[int]) -> Tensor:
+    return (g - t).square().sum() / t.square().sum()
+
+
+def cosine(g: Tensor, t: Tensor, sizes: Sequence[int]) -> Tensor:
+    return 1 - F.cosine_similarity(g, t, dim=0)
+
+
+def balanced(g: Tensor, t: Tensor, sizes: Sequence[int]) -> Tensor:
+    parts = list(zip(g.split(sizes), t.split(sizes), strict=True))
+    errors = torch.stack([(a - b).square().sum() / b.norm() for a, b in parts])
+    return errors.sum() / torch.stack([b.norm() for _, b in parts]).sum()
 
 
 def lenet(init: str = "default", shape: tuple[int, int, int] = (1, 16, 16), classes: int = 10) -> Model:

@@ -1,41 +1,131 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fedsim.attacks.distances import AbsoluteError, LayerCosine
+from fedsim.attacks.distances import (
+    AbsoluteError,
+    BalancedError,
+    CosineDistance,
+    LayerCosine,
+    SliceError,
+    SquaredError,
+    Targets,
+)
 from fedsim.attacks.gia import GIAConfig
-from fedsim.attacks.gradient_matching import Targets
 from fedsim.privacy.metrics import score
-from tests.attacks.problems import lenet, observe, rand, victims
+from tests.attacks.problems import balanced, cosine, lenet, observe, rand, squared, victims
 
 SIZES = (5, 3, 4)
+BOUNDS = (0, 2, 7, 7, 12)
+REPEATS = rand(3, 2, 12, seed=3, dtype=torch.float64) - 0.5
 
 
-def layer_cosine(g, t):
+def layer_cosine(g, t, victim):
     pairs = zip(g.split(SIZES), t.split(SIZES), strict=True)
     return torch.stack([1 - F.cosine_similarity(a, b, dim=0) for a, b in pairs]).mean()
 
 
-CASES = [(LayerCosine, layer_cosine), (AbsoluteError, lambda g, t: (g - t).abs().sum() / t.abs().sum())]
+def absolute(g, t, victim):
+    return (g - t).abs().sum() / t.abs().sum()
+
+
+def repeated(g, t, victim):
+    every = torch.cat([t[None], REPEATS[victim]])
+    return (g - every).abs().sum() / every.abs().sum()
+
+
+def slices(g, t, victim):
+    value = g.new_ones(())
+    for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False):
+        if stop > start:
+            residual = (g[start:stop] - t[start:stop]).square().sum()
+            value = value * (residual / t[start:stop].square().sum()) ** ((stop - start) / len(t))
+    return value
+
+
+CASES = [
+    (SquaredError, lambda g, t, victim: squared(g, t, SIZES)),
+    (CosineDistance, lambda g, t, victim: cosine(g, t, SIZES)),
+    (BalancedError, lambda g, t, victim: balanced(g, t, SIZES)),
+    (LayerCosine, layer_cosine),
+    (AbsoluteError, absolute),
+    (partial(AbsoluteError, repeats=REPEATS), repeated),
+    (partial(SliceError, bounds=BOUNDS), slices),
+]
+DISTANCES = [distance for distance, _ in CASES]
 
 
 @pytest.mark.parametrize(("distance", "definition"), CASES)
-def test_distances_and_their_derivatives_are_as_defined(distance, definition):
-    targets = rand(2, 12, seed=1, dtype=torch.float64) - 0.5
-    gradients = rand(3, 12, seed=2, dtype=torch.float64) - 0.5
-    of = torch.tensor([1, 0, 1])
-    losses, slopes = distance(Targets(targets, SIZES))(gradients.clone(), of)
+def test_distances_and_their_derivatives_agree_with_the_definitions(distance, definition):
+    targets = rand(3, 12, dtype=torch.float64) - 0.5
+    gradients = rand(5, 12, seed=1, dtype=torch.float64) - 0.5
+    of = torch.tensor([0, 2, 2, 1, 0])
+    loss, derivative = distance(Targets(targets, SIZES))(gradients.clone(), of)
     for row, victim in enumerate(of):
-        mine = gradients[row].clone().requires_grad_()
-        value = definition(mine, targets[victim])
-        torch.testing.assert_close(losses[row], value.detach())
-        torch.testing.assert_close(slopes[row], torch.autograd.grad(value, mine)[0])
+        g = gradients[row].clone().requires_grad_()
+        value = definition(g, targets[victim], victim)
+        (slope,) = torch.autograd.grad(value, g)
+        torch.testing.assert_close(loss[row], value.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(derivative[row], slope, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("distance", [LayerCosine, AbsoluteError])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_a_gradient_of_zero_gives_finite_numbers(distance):
-    losses, slopes = distance(Targets(torch.zeros(1, 12), SIZES))(torch.zeros(1, 12), torch.tensor([0]))
+    losses, slopes = distance(Targets(torch.zeros(3, 12), SIZES))(torch.zeros(1, 12), torch.tensor([0]))
     assert torch.isfinite(losses).all() and torch.isfinite(slopes).all()
+
+
+def test_ignored_parameters_have_no_part_in_slices_and_rounds():
+    """A gradient of 12 entries of which 5 … 8 and the last are ignored is one of 8 entries without them."""
+    spans, kept = (slice(0, 5), slice(8, 11)), [0, 1, 2, 3, 4, 8, 9, 10]
+    targets, gradients = rand(2, 8, seed=1), rand(2, 8, seed=2)
+    of, repeats = torch.arange(2), rand(2, 2, 12, seed=4)
+    ignoring, plain = Targets(targets, (5, 3), spans), Targets(targets, (5, 3))
+    pairs = [
+        (SliceError(ignoring, (0, 2, 6, 9, 11, 12)), SliceError(plain, (0, 2, 5, 6, 8, 8))),
+        (AbsoluteError(ignoring, repeats), AbsoluteError(plain, repeats[:, :, kept])),
+    ]
+    for mine, expected in pairs:
+        for found, value in zip(mine(gradients.clone(), of), expected(gradients.clone(), of), strict=True):
+            torch.testing.assert_close(found, value)
+
+
+def test_the_unscaled_error_is_that_of_dlg():
+    targets, gradients = rand(2, 6), rand(2, 6, seed=1)
+    loss, _ = SquaredError(Targets(targets, (6,)), relative=False)(gradients, torch.arange(2))
+    torch.testing.assert_close(loss, (gradients - targets).square().sum(1))
+
+
+def test_a_small_angle_keeps_its_digits_in_float32():
+    target = rand(1, 2000)
+    sideways = rand(1, 2000, seed=1)
+    sideways -= (sideways @ target.T) * target / target.square().sum()
+    angle = 1e-5
+    gradient = target + angle * sideways * target.norm() / sideways.norm()
+    loss, _ = CosineDistance(Targets(target, (2000,)))(gradient, torch.zeros(1, dtype=torch.long))
+    assert float(loss) == pytest.approx(angle**2 / 2, rel=1e-2)
+
+
+def test_the_slice_error_is_one_at_zero_and_finite_at_an_exact_match():
+    targets, victim = rand(1, 12), torch.zeros(1, dtype=torch.long)
+    distance = SliceError(Targets(targets, (12,)), BOUNDS)
+    at_zero, _ = distance(torch.zeros(1, 12), victim)
+    torch.testing.assert_close(at_zero, torch.ones(1))
+    loss, slope = distance(targets.clone(), victim)
+    assert torch.isfinite(loss).all() and torch.isfinite(slope).all() and float(loss) < 1e-6
+
+
+def test_the_absolute_error_of_several_rounds_is_least_at_their_median():
+    targets, repeats = rand(1, 12, seed=5), rand(1, 4, 12, seed=6)
+    distance, victim = AbsoluteError(Targets(targets, (12,)), repeats), torch.zeros(1, dtype=torch.long)
+    middle = torch.cat([targets[:, None], repeats], 1).median(1).values
+    least, slope = distance(middle.clone(), victim)
+    assert not slope.any()
+    for seed in range(5):
+        other, _ = distance(middle + 0.1 * (rand(1, 12, seed=seed) - 0.5), victim)
+        assert float(other) > float(least)
 
 
 @pytest.mark.parametrize("objective", ["layer_cosine", "l1"])

@@ -6,9 +6,10 @@ from pydantic import TypeAdapter, ValidationError
 
 import fedsim.attacks.published_dlg as published
 from fedsim.attacks import AttackConfig
+from fedsim.attacks.distances import SquaredError
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.dummies import EXACT, MID_GREY, Dummies, Found
-from fedsim.attacks.gradient_matching import GradientMatching, SquaredError
+from fedsim.attacks.gradient_matching import GradientMatching
 from fedsim.privacy.metrics import score
 from fedsim.privacy.observation import Observation
 from tests.attacks.problems import generator, lenet, observe, victims

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedsim.attacks.distances import SquaredError
 from fedsim.attacks.dummies import MID_GREY, Dummies
-from fedsim.attacks.gradient_matching import GradientMatching, SquaredError
+from fedsim.attacks.gradient_matching import GradientMatching
 from fedsim.attacks.lbfgs import LBFGS, minimise
 from tests.attacks.problems import generator, lenet, observe, victims
 

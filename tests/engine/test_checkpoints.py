@@ -1,4 +1,5 @@
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,14 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000010.safetensors", "round-000011.safetensors"]
 
 
-def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:9], lambda b: b"", lambda b: b"not this" * 99])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = CheckpointFolder(tmp_path, "mine")
     folder.save(checkpoint(1))
     newest = folder.save(checkpoint(2))
-    newest.write_bytes(newest.read_bytes()[:-7])
+    newest.write_bytes(damage(newest.read_bytes()))
     found = folder.latest()
     assert found is not None
     assert found.rounds_done == 1
@@ -43,8 +47,13 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path: Path, caplog:
 
 
 def test_another_experiments_checkpoint_is_not_used(tmp_path: Path) -> None:
-    CheckpointFolder(tmp_path, "theirs").save(checkpoint(2))
-    assert CheckpointFolder(tmp_path, "mine").latest() is None
+    theirs, mine = (CheckpointFolder(tmp_path, name) for name in ("theirs", "mine"))
+    for rounds in (7, 8):
+        theirs.save(checkpoint(rounds))
+    assert mine.latest() is None
+    mine.save(checkpoint(2))
+    found = mine.latest()
+    assert found is not None and found.rounds_done == 2, "newer ones of others do not push it out"
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

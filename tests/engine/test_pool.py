@@ -1,10 +1,14 @@
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
+from fedsim.engine import pool as pool_module
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
@@ -73,3 +77,52 @@ def test_an_error_in_the_work_itself_is_not_retried(pool: WorkerPool) -> None:
     with pytest.raises(TypeError):
         pool.map("work", [("text",)], str)
     assert pool.faults.chunks_retried == 0
+
+
+class Slow(Echo):
+    """A worker whose second life does not begin before a file is there."""
+
+    def __init__(self, mark: str) -> None:
+        if os.path.exists(f"{mark}.born"):
+            while not os.path.exists(mark):
+                time.sleep(0.01)
+        open(f"{mark}.born", "w").close()
+
+
+class Clock:
+    """Time as it is, plus a leap at each sleep while it is `leaping`."""
+
+    leap, leaping = 0.0, True
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.leap
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.leap += 1000 * self.leaping
+
+
+def test_workers_that_stayed_away_too_long_are_not_held_against_the_next_simulation(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = str(tmp_path / "mark")
+    actor = ray.remote(Slow).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
+    pool = WorkerPool([actor.remote(mark)], recovery_seconds=500)
+    os.kill(ray.get(pool.ping(0)), signal.SIGKILL)
+    clock = Clock()
+    monkeypatch.setattr(pool_module, "time", clock)
+    with pytest.raises(RunError, match="all 1 workers died and none came back in 500 s"):
+        pool.map("work", [(3,)], str)
+    clock.leaping = False
+    threading.Timer(1.0, open, (mark, "w")).start()
+    assert ray.get(pool.map("work", [(3,)], str)[0][0]) == 9
+    ray.kill(pool.workers[0])
+
+
+def test_a_worker_that_is_gone_for_good_is_done_without(pool: WorkerPool) -> None:
+    ray.kill(pool.workers[1], no_restart=True)
+    pool.recovery_seconds = 0.0
+    for _ in range(2):
+        references = pool.map("work", [(i,) for i in range(6)], str)
+        assert ray.get([r[0] for r in references]) == [i * i for i in range(6)]
+    assert pool.faults.workers_lost == 1

@@ -86,7 +86,7 @@ def test_batch_norm_of_a_users_model_is_replaced_and_agrees_with_pytorch() -> No
     expected = module.train()(images)
     model = Model(module, (1, 8, 8), 10)
     assert torch.allclose(model.module.train()(images), expected, atol=1e-5)
-    statistics = batch_norm.collect_statistics(model.module, images)
+    statistics = batch_norm.collect_statistics(batch_norm.layers(model.module), images)
     before = module[0](images)
     assert torch.allclose(statistics[:3], before.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(statistics[3:], before.var((0, 2, 3), correction=0), atol=1e-6)
@@ -98,6 +98,17 @@ def test_evaluation_uses_the_loaded_averages() -> None:
     images = torch.rand(3, 2, 4, 4)
     expected = (images - torch.tensor([1.0, 2.0])[:, None, None]) / torch.tensor([2.0, 3.0])[:, None, None]
     assert torch.allclose(layer.eval()(images), expected, atol=1e-4)
+
+
+def test_statistics_are_those_that_training_reports_and_there_in_eval_mode_too() -> None:
+    model = Model(nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), (2, 8, 8), 3)
+    images = torch.rand(4, 2, 8, 8)
+    _, expected = model.logits_and_statistics(model.initial_weights(), images)
+    torch.testing.assert_close(model.statistics(model.initial_weights(), images), expected)
+    model.module.eval()
+    batch_norm.load_averages(model.module, expected)
+    torch.testing.assert_close(model.statistics(model.initial_weights(), images), expected)
+    assert not any(layer._forward_pre_hooks for layer in batch_norm.layers(model.module))
 
 
 def test_batched_gradients_with_batch_norm_equal_single_ones() -> None:

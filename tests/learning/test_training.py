@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from fedsim.learning.batches import ImageStore, Indices, local_batches
 from fedsim.learning.models import LeNetConfig, Model, build_model
-from fedsim.learning.training import LoopTrainer, VectorizedTrainer, choose_execution
+from fedsim.learning.training import HalvingTrainer, LocalResult, LoopTrainer, VectorizedTrainer, choose_execution
 
 RATE = 0.1
 
@@ -53,6 +53,30 @@ def test_clients_with_unequal_batches(trainer: type, model: Model, data: ImageSt
     result = trainer(model, data, RATE).train(weights, schedules)
     assert torch.allclose(result.updates[0], result.updates[2], atol=1e-6)
     assert torch.allclose(result.updates[1], plain_update(model, data, weights, schedules[1]), atol=2e-5)
+
+
+class Small:
+    """A trainer on a device that has room for some clients only."""
+
+    def __init__(self, trainer: LoopTrainer, room: int) -> None:
+        self.trainer, self.room, self.widths = trainer, room, list[int]()
+
+    def train(self, weights: torch.Tensor, schedules: list[list[Indices]]) -> LocalResult:
+        self.widths.append(len(schedules))
+        if len(schedules) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return self.trainer.train(weights, schedules)
+
+
+def test_a_chunk_that_does_not_fit_is_halved(model: Model, data: ImageStore) -> None:
+    weights, schedules = model.initial_weights(), [[np.arange(at, at + 4)] for at in range(7)]
+    whole = LoopTrainer(model, data, RATE)
+    small = Small(whole, room=2)
+    halved, expected = HalvingTrainer(small).train(weights, schedules), whole.train(weights, schedules)
+    assert small.widths == [7, 3, 1, 2, 4, 2, 2]
+    assert torch.equal(halved.updates, expected.updates) and torch.equal(halved.losses, expected.losses)
+    with pytest.raises(torch.OutOfMemoryError):
+        HalvingTrainer(Small(whole, room=0)).train(weights, schedules)
 
 
 def test_one_local_step_is_the_gradient_itself(model: Model, data: ImageStore) -> None:

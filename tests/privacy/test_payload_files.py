@@ -80,7 +80,7 @@ def test_the_batch_statistics_follow_from_two_averages() -> None:
     model = Model(normed(), SHAPE, 10)
     model.module.train()
     model.module(images)
-    seen = batch_norm.collect_statistics(model.module, images)
+    seen = batch_norm.collect_statistics(batch_norm.layers(model.module), images)
     found = batch_statistics(before, after, model, batch_size=6, momentum=0.1)
     torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-5)
 

@@ -90,6 +90,6 @@ def test_a_cohort_larger_than_the_data_set_trains_on_full_batches() -> None:
     config = parse_scale({"clients": [2000]}, {}, "test")
     workload = Workload(config, load_dataset(config.experiment.data))
     spec = workload.spec(Cell(2000, 1, 16, "none"))
-    assert spec.cohort(0) == list(range(2000))
+    assert list(spec.cohort(0)) == list(range(2000))
     assert [len(batch) for batch in spec.schedule(0, 1999)] == [32]
     assert not set(spec.root) & set(spec.partition.order)

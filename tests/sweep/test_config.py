@@ -51,12 +51,22 @@ def written(tmp_path: Path, data: dict[str, Any]) -> Path:
         ({"space": {"federation.learning_rate": {"uniform": [0.1, 1]}}}, "random axes"),
         ({"stop": {"PSNR": 3}}, "not reported every round"),
         ({"seeds": []}, "seeds"),
-        ({"scheduler": {"name": "pbt"}}, "pbt needs an axis that it may change"),
+        ({"scheduler": {"name": "pbt"}}, "pbt needs axes that it may change"),
         ({"scheduler": {"name": "pbt"}, "alternatives": [{}]}, "without alternatives"),
+        ({"scheduler": {"name": "pbt"}, "space": {"seed": {"choice": [1]}}, "budget": {"trials": 1}}, "uniform"),
+        (
+            {
+                "scheduler": {"name": "pbt"},
+                "space": {"federation.learning_rate": {"uniform": [0.1, 1]}},
+                "budget": {"trials": 2},
+                "concurrent": 1,
+            },
+            "as the cluster holds",
+        ),
         (
             {
                 "scheduler": {"name": "pbt", "interval": 7},
-                "space": {"seed": {"choice": [1]}},
+                "space": {"federation.learning_rate": {"uniform": [0.1, 1]}},
                 "budget": {"trials": 1},
             },
             "multiple of federation.evaluate_every \\(10\\), got 7",

@@ -33,14 +33,6 @@ def test_steps_are_whole_multiples_above_the_low_end(low: int, width: int, step:
     assert axis.corners()[0] == low and low + width - step < axis.corners()[1] <= low + width
 
 
-@given(st.integers(-50, 50), st.integers(1, 40), st.integers(1, 7), st.floats(-200, 200))
-def test_the_nearest_value_is_the_nearest(low: int, width: int, step: int, wanted: float) -> None:
-    axis = Interval(low, low + width, step=step)
-    there = range(low, low + width + 1, step)
-    assert abs(axis.nearest(wanted) - wanted) == min(abs(value - wanted) for value in there)
-    assert Interval(low, low + width).nearest(wanted) == min(max(wanted, low), low + width)
-
-
 @pytest.mark.parametrize(
     ("text", "axis"),
     [

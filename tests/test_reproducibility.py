@@ -1,0 +1,233 @@
+"""The final weights are the same bits, whatever happens on the way."""
+
+import errno
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from torch import Tensor
+
+from fedsim.catalogue import members
+from fedsim.config import ExperimentConfig
+from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
+from fedsim.defenses import DefenseConfig
+from fedsim.defenses.base import ClientContext, Defense
+from fedsim.defenses.graddefense import GradDefenseConfig
+from fedsim.engine.checkpoints import CheckpointFolder
+from fedsim.engine.pool import WorkerPool
+from fedsim.engine.runtime import Runtime
+from fedsim.engine.worker import ClientWorker
+from fedsim.errors import RunError
+from fedsim.learning.server_optimizers import ServerOptimizerConfig
+from fedsim.progress import Reporter
+from fedsim.results import SimulationResult
+from fedsim.simulation import Simulation
+from tests.conftest import small_experiment
+
+pytestmark = pytest.mark.ray
+
+SERVERS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in members(ServerOptimizerConfig)},
+    "momentum": {"name": "sgd", "momentum": 0.9},
+}
+DEFENSES = [name for name in members(DefenseConfig) if name != "custom"]
+CASES = [*((name, "sgd") for name in DEFENSES), *(("graddefense", name) for name in SERVERS if name != "sgd")]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(DigitsConfig())
+
+
+def sha(result: SimulationResult) -> str:
+    return str(result.summary["model_sha256"])
+
+
+def experiment(defense: str, server: str = "sgd", **more: Any) -> ExperimentConfig:
+    return small_experiment(defense={"name": defense}, federation={"server": SERVERS[server]}, **more)
+
+
+@pytest.fixture(scope="module")
+def reference(runtime: Runtime, digits: Dataset) -> dict[tuple[str, str], str]:
+    """The final weights of each defense and server optimiser with two workers."""
+    return {case: sha(Simulation(experiment(*case), runtime=runtime, dataset=digits).run()) for case in CASES}
+
+
+def test_defenses_and_server_optimisers_change_the_weights(reference: dict[tuple[str, str], str]) -> None:
+    assert len(set(reference.values())) == len(CASES)
+
+
+@contextmanager
+def other_workers(runtime: Runtime, count: int) -> Iterator[WorkerPool]:
+    """Lend the runtime a pool of `count` fresh workers."""
+    actor = ray.remote(ClientWorker).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
+    own, runtime.pool = runtime.pool, WorkerPool([actor.remote(sys.path) for _ in range(count)])
+    try:
+        yield runtime.pool
+    finally:
+        for worker in runtime.pool.workers:
+            ray.kill(worker)
+        runtime.pool = own
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_for_any_number_of_workers(
+    count: int, runtime: Runtime, digits: Dataset, reference: dict[tuple[str, str], str]
+) -> None:
+    with other_workers(runtime, count):
+        found = {case: sha(Simulation(experiment(*case), runtime=runtime, dataset=digits).run()) for case in CASES}
+    assert found == reference
+
+
+def dawdling() -> Defense:
+    """GradDefense on clients that take as long as it happens: chunks end in another order each time."""
+    defense = GradDefenseConfig().build()
+    protect: Callable[[Tensor, ClientContext], Tensor] = defense.protect  # type: ignore[assignment]
+
+    def slowly(updates: Tensor, context: ClientContext) -> Tensor:
+        time.sleep(0.1 * random.random())
+        return protect(updates, context)
+
+    defense.protect = slowly  # type: ignore[method-assign]
+    return defense
+
+
+def test_for_chunks_that_end_in_any_order(
+    runtime: Runtime,
+    digits: Dataset,
+    reference: dict[tuple[str, str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    orders = []
+
+    def noting(self: WorkerPool, method: str, calls: Any, describe: Any, on_result: Any = None) -> Any:
+        order: list[int] = []
+        references = plain(self, method, calls, describe, lambda i, value: (order.append(i), on_result(i, value)))
+        orders.extend([order] if method == "run_chunk" else [])
+        return references
+
+    plain = WorkerPool.map
+    monkeypatch.setattr(WorkerPool, "map", noting)
+    config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:dawdling"})
+    result = Simulation(config, runtime=runtime, dataset=digits).run()
+    assert sha(result) == reference["graddefense", "sgd"]
+    assert len(orders) == 6 and len({tuple(order) for order in orders}) > 1
+
+
+class Stop(Reporter):
+    """Interrupts after round 4 of 6."""
+
+    def round(self, record: dict[str, Any]) -> None:
+        if record["round"] == 4:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_after_a_resume(
+    case: tuple[str, str],
+    runtime: Runtime,
+    digits: Dataset,
+    reference: dict[tuple[str, str], str],
+    tmp_path: Path,
+) -> None:
+    broken = Simulation(
+        experiment(*case), runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Stop()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = Simulation(experiment(*case), runtime=runtime, dataset=digits, output=tmp_path / "run").run(True)
+    assert sha(resumed) == reference[case]
+    assert list(resumed.rounds["round"]) == list(range(6))
+
+
+def test_after_checkpoints_that_are_damaged_or_anothers(
+    runtime: Runtime,
+    digits: Dataset,
+    reference: dict[tuple[str, str], str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = experiment("graddefense", checkpoint_every=1)
+    broken = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Stop())
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    folder = CheckpointFolder(tmp_path / "run/checkpoints", config.fingerprint())
+    sound, newest = sorted(folder.folder.iterdir())
+    foreign = newest.with_name("round-000006.safetensors")
+    foreign.write_bytes(newest.read_bytes().replace(config.fingerprint().encode(), b"0" * 64))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run(resume=True)
+    assert sha(resumed) == reference["graddefense", "sgd"]
+    assert [foreign.name in line or newest.name in line for line in caplog.messages[:2]] == [True, True]
+    assert "it belongs to another experiment" in caplog.text and sound.name not in caplog.text
+
+
+def test_after_a_full_disk(
+    runtime: Runtime,
+    digits: Dataset,
+    reference: dict[tuple[str, str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run stops with one line, the checkpoints before stay as they were, and no torn file lies about."""
+    config = experiment("graddefense", checkpoint_every=1)
+    full, flush = False, os.fsync
+
+    class Fill(Reporter):
+        def round(self, record: dict[str, Any]) -> None:
+            nonlocal full
+            full = record["round"] >= 2
+
+    def fsync(file: int) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match="round-000004.safetensors: cannot be written: No space left on device"):
+        Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Fill()).run()
+    full = False
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [f"round-00000{n}.safetensors" for n in (2, 3)]
+    resumed = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run(resume=True)
+    assert sha(resumed) == reference["graddefense", "sgd"]
+
+
+def test_after_workers_were_killed(
+    runtime: Runtime, digits: Dataset, reference: dict[tuple[str, str], str]
+) -> None:
+    with other_workers(runtime, 2) as pool:
+        victims = ray.get([worker.pid.remote() for worker in pool.workers])
+
+        class Kill(Reporter):
+            def round(self, record: dict[str, object]) -> None:
+                if record["round"] in (1, 3):
+                    os.kill(victims.pop(), signal.SIGKILL)
+
+        config = experiment("graddefense")
+        result = Simulation(config, runtime=runtime, dataset=digits, reporter=Kill()).run()
+    assert sha(result) == reference["graddefense", "sgd"]
+    assert result.summary["faults"]["workers_lost"] == 2
+    assert (result.rounds["clients"] == 9).all()
+
+
+def test_after_the_parameter_server_was_killed(
+    runtime: Runtime, digits: Dataset, reference: dict[tuple[str, str], str]
+) -> None:
+    class Kill(Reporter):
+        def round(self, record: dict[str, object]) -> None:
+            if record["round"] == 2:
+                os.kill(ray.get(runtime.server.pid.remote()), signal.SIGKILL)
+
+    config = experiment("graddefense")
+    result = Simulation(config, runtime=runtime, dataset=digits, reporter=Kill()).run()
+    assert sha(result) == reference["graddefense", "sgd"]
+    assert result.summary["faults"]["server_restarts"] >= 1
