@@ -37,9 +37,9 @@ class Point:
         return -(-self.clients // self.clients_per_chunk)
 
     @property
-    def busiest(self) -> int:
-        """Clients of the worker that has the most."""
-        return min(self.clients, -(-self.chunks // self.workers) * self.clients_per_chunk)
+    def busiest(self) -> float:
+        """Clients of the worker that has the most; chunks are of even width."""
+        return -(-self.chunks // self.workers) * self.clients / self.chunks
 
 
 @dataclass(frozen=True)
