@@ -22,7 +22,7 @@ class Point:
     Attributes:
         clients: Clients a round.
         workers: Workers that ran side by side, at most the number of cores.
-        clients_per_chunk: Clients a chunk.
+        clients_per_chunk: Clients a chunk, at most.
         seconds: Round time.
     """
 
