@@ -22,7 +22,7 @@ class Point:
     Attributes:
         clients: Clients a round.
         workers: Workers that ran side by side, at most the number of cores.
-        clients_per_chunk: Clients a chunk.
+        clients_per_chunk: Clients a chunk, at most.
         seconds: Round time.
     """
 
@@ -37,9 +37,9 @@ class Point:
         return -(-self.clients // self.clients_per_chunk)
 
     @property
-    def busiest(self) -> int:
-        """Clients of the worker that has the most."""
-        return min(self.clients, -(-self.chunks // self.workers) * self.clients_per_chunk)
+    def busiest(self) -> float:
+        """Clients of the worker that has the most; chunks are of even width."""
+        return -(-self.chunks // self.workers) * self.clients / self.chunks
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import ray
 from fedsim.config import RuntimeConfig
 from fedsim.engine.federation import Federation, RoundRecord
 from fedsim.engine.pool import WorkerPool
-from fedsim.engine.runtime import Cluster, Runtime
+from fedsim.engine.runtime import Cluster, Runtime, local_cpus
 from fedsim.scale.grid import Cell, Workload, describe
 from fedsim.scale.load import CpuTimes
 from fedsim.scale.nodes import LocalNodes
@@ -69,6 +69,11 @@ class Pool:
     def nodes(self, count: int) -> int:
         """Return on how many nodes the first `count` workers are."""
         return len({node for _, node in self._ordered[:count]})
+
+    @property
+    def cores(self) -> int:
+        """CPUs that the workers run on: this machine's, or those that a cluster has for them."""
+        return local_cpus() if self.private else int(ray.cluster_resources().get("CPU", 1))
 
     def memory(self, count: int) -> dict[str, float]:
         """Return bytes that no other process shares: of the first workers, the server and the driver."""
@@ -194,6 +199,7 @@ def _row(cell: Cell, rounds: pd.DataFrame, workload: Workload, pool: Pool) -> di
     return {
         **describe(cell),
         "nodes": pool.nodes(cell.workers),
+        "cores": pool.cores,
         "rounds": len(own),
         "seconds": seconds,
         "seconds_low": own["seconds"].quantile(0.25),

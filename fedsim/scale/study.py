@@ -16,7 +16,7 @@ from fedsim import environment
 from fedsim.config import read_yaml
 from fedsim.data.datasets import load_dataset
 from fedsim.engine.checkpoints import write_atomically
-from fedsim.engine.runtime import Cluster, local_cpus
+from fedsim.engine.runtime import Cluster, check_address, local_cpus
 from fedsim.errors import ConfigError
 from fedsim.progress import Reporter
 from fedsim.scale.cost_model import Point
@@ -54,10 +54,12 @@ class ScaleStudy:
         """Load the data and see that every cell can be run; nothing is started.
 
         Raises:
-            ConfigError: If anything in the input is wrong.
+            ConfigError: If anything in the input is wrong, or nobody answers at `address`.
         """
         if self.address and self.config.nodes > 1:
             raise ConfigError("--nodes starts nodes on this machine; with --address the cluster has its own")
+        if self.address:
+            check_address(self.address)
         dataset = load_dataset(self.config.experiment.data, self.data_dir)
         self.workload = Workload(self.config, dataset)
         for cell in self.config.cells()[: len(self.config.defenses)]:
@@ -119,8 +121,14 @@ class ScaleStudy:
             raise
         finally:
             if parent:
+                self._attach(parent)
                 parent.finish(status)
         return self.table
+
+    def _attach(self, parent: TrackedRun) -> None:
+        for name in ("scale.csv", "rounds.csv"):
+            if (self.folder / name).exists():
+                parent.artifact(self.folder / name)
 
     def _measure_pending(self, tracker: Tracker | None, parent: TrackedRun | None) -> None:
         actors, pending = set(self.config.actor_cells()), self.pending()
@@ -229,20 +237,14 @@ class ScaleStudy:
             run.finish()
 
 
-def points(table: pd.DataFrame, config: ScaleConfig, cores: int | None = None) -> dict[str, list[Point]]:
-    """Return what the cost model is fitted on, by defense: all cells but those of one actor a client.
-
-    Args:
-        table: The study's rows.
-        config: The study.
-        cores: Cores that the workers shared; None: those of this machine.
-    """
-    cores = local_cpus() if cores is None else cores
+def points(table: pd.DataFrame, config: ScaleConfig) -> dict[str, list[Point]]:
+    """Return what the cost model is fitted on, by defense: all cells but those of one actor a client."""
     found: dict[str, list[Point]] = {defense: [] for defense in config.defenses}
     for cell in config.cells():
-        for seconds in [] if table.empty else of_cell(table, cell)["seconds"]:
-            side = min(cell.workers, cores)
-            found[cell.defense].append(Point(cell.clients, side, cell.clients_per_chunk, float(seconds)))
+        rows = table if table.empty else of_cell(table, cell)
+        for _, row in rows.iterrows():
+            side = min(cell.workers, int(row["cores"]))
+            found[cell.defense].append(Point(cell.clients, side, cell.clients_per_chunk, float(row["seconds"])))
     return found
 
 

@@ -12,7 +12,7 @@ SIZES = (10, 100, 1000, 10_000)
 def timed(model: CostModel, clients: int, workers: int, width: int) -> Point:
     """A round that takes what the closed form says: the slowest worker's clients, all chunks, and a constant."""
     chunks = int(np.ceil(clients / width))
-    busiest = min(clients, int(np.ceil(chunks / workers)) * width)
+    busiest = np.ceil(chunks / workers) * clients / chunks
     return Point(clients, workers, width, model.fixed + model.per_client * busiest + model.per_chunk * chunks)
 
 
