@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -98,6 +99,7 @@ class Runtime:
 
     Attributes:
         pool: The workers.
+        device: What the workers train on.
         server: Handle of the parameter-server actor.
     """
 
@@ -114,6 +116,7 @@ class Runtime:
         try:
             gpus = ray.cluster_resources().get("GPU", 0)
             resources: dict[str, Any] = {"num_cpus": 1}
+            self.device = torch.device("cuda" if gpus else "cpu")
             if gpus:
                 resources["num_gpus"] = config.gpus_per_worker
             count = self._worker_count(gpus)
