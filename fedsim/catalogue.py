@@ -15,6 +15,7 @@ from fedsim.defenses import DefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig
+from fedsim.participation import StragglersConfig
 from fedsim.payload_config import PayloadAttackConfig
 from fedsim.schema import Schema, suggest
 
@@ -23,6 +24,7 @@ UNIONS: dict[str, Any] = {
     "partitions": PartitionConfig,
     "models": ModelConfig,
     "servers": ServerOptimizerConfig,
+    "stragglers": StragglersConfig,
     "defenses": DefenseConfig,
     "attacks": AttackConfig,
 }

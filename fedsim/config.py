@@ -94,7 +94,7 @@ class AuditConfig(Schema):
 
 
 class RuntimeConfig(Schema):
-    """Where the work runs. Nothing here but `clients_per_chunk` and `execution` can change a result."""
+    """Where the work runs; only `clients_per_chunk`, `execution` and `deterministic` can change a result."""
 
     workers: Literal["auto"] | int = "auto"
     """Worker processes; auto: one a CPU, or `1 / gpus_per_worker` a GPU."""
@@ -104,6 +104,8 @@ class RuntimeConfig(Schema):
     """How the clients of a chunk are trained; auto: by device and batch size (see `fedsim.learning.training`)."""
     gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
     """Fraction of a GPU that a worker takes where there are GPUs."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time: slower on a GPU, and a model that needs others fails."""
 
     @model_validator(mode="after")
     def _positive(self) -> "RuntimeConfig":
@@ -191,7 +193,7 @@ class ExperimentConfig(Schema):
         data = self.to_dict()
         data.pop("tracking")
         data.pop("checkpoint_every")
-        data["runtime"] = {k: data["runtime"][k] for k in ("clients_per_chunk", "execution")}
+        data["runtime"] = {k: data["runtime"][k] for k in ("clients_per_chunk", "execution", "deterministic")}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -111,12 +111,11 @@ def participation(
     reporting, delays = sampled[alive], delays[alive]
     deadline = math.inf if stragglers is None or stragglers.deadline is None else stragglers.deadline
     order = np.argsort(delays, kind="stable")
-    used = order[: min(wanted, int((delays <= deadline).sum()))]
-    late = np.setdiff1d(reporting, reporting[used])
+    used, late = np.split(order, [min(wanted, int((delays <= deadline).sum()))])
     return Participation(
         clients=_sorted(reporting[used]),
         dropped=_sorted(sampled[~alive]),
-        late=_sorted(late),
+        late=_sorted(reporting[late]),
         seconds=_duration(delays[used], wanted, deadline) if stragglers else None,
     )
 

@@ -20,6 +20,7 @@ from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.overhead import Overhead
 from fedsim.engine.pool import Faults
 from fedsim.errors import ConfigError
+from fedsim.learning.training import Execution
 from fedsim.privacy.audit import AuditRow
 
 ROUND_COLUMNS = ("local_seconds", "defense_seconds", "aggregate_seconds", "compensate_seconds", "idle_seconds")
@@ -235,6 +236,7 @@ def summarize(
     floors: dict[str, dict[str, float]],
     overhead: Overhead | None,
     faults: Faults,
+    execution: Execution,
 ) -> SimulationResult:
     """Gather what a simulation found into its result."""
     rounds = pd.DataFrame(history)
@@ -255,6 +257,7 @@ def summarize(
         "timing": timing(rounds),
         "faults": {**asdict(faults), "clients_rejected": int(rounds["clients_rejected"].sum())},
         "participation": {n: float(rounds[n].sum()) for n in PARTICIPATION_COLUMNS if n in rounds} or None,
+        "execution": execution,
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "fingerprint": config.fingerprint(),

@@ -392,6 +392,7 @@ class _Run:
             floors,
             overhead,
             self.federation.faults,
+            self.federation.execution,
         )
         if self.folder:
             self.folder.save_result(result)

@@ -15,6 +15,7 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import ConfigError, RunError
 from fedsim.learning.batches import ImageStore
+from fedsim.learning.training import VECTORIZED_BATCH
 from fedsim.simulation import Simulation, prepare
 from tests.conftest import small_experiment
 
@@ -31,6 +32,15 @@ def test_a_finished_run_is_read_back_not_run_again(runtime: Runtime, digits: Dat
     first = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run()
     again = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run(resume=True)
     assert again.summary == first.summary
+
+
+def test_a_run_tells_how_its_clients_were_trained(runtime: Runtime, digits: Dataset) -> None:
+    by_batch = {VECTORIZED_BATCH: "vectorized", VECTORIZED_BATCH + 1: "loop"}
+    for batch, execution in by_batch.items():
+        config = small_experiment(federation={"rounds": 1, "batch_size": batch})
+        assert Simulation(config, runtime=runtime, dataset=digits).run().summary["execution"] == execution
+    config = small_experiment(federation={"rounds": 1, "batch_size": 1}, runtime={"execution": "loop"})
+    assert Simulation(config, runtime=runtime, dataset=digits).run().summary["execution"] == "loop"
 
 
 def test_an_occupied_folder_is_refused(runtime: Runtime, digits: Dataset, tmp_path: Path) -> None:
@@ -116,7 +126,7 @@ def test_a_private_runtime_leaves_no_process_and_no_file(digits: Dataset) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 <= float(done.stdout.split()[-1]) <= 1
     after = {path.name for path in Path(tempfile.gettempdir()).glob("fedsim-*")}
-    assert after == before
+    assert not after - before
 
 
 def test_several_local_steps_are_attacked_through_the_clients_training(runtime: Runtime, digits: Dataset) -> None:

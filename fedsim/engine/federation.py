@@ -19,6 +19,7 @@ from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import RunError
+from fedsim.learning.training import Execution
 from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
@@ -95,6 +96,11 @@ class Federation:
     def faults(self) -> Faults:
         """What went wrong and was repaired since this simulation was opened."""
         return self.runtime.pool.faults.since(self._faults_before)
+
+    @property
+    def execution(self) -> Execution:
+        """How the clients of a chunk are trained."""
+        return self.spec.execution(self.runtime.device)
 
     def weights(self) -> NDArray[np.float32]:
         """Return the global weights, shape [d]."""

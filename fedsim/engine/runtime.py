@@ -2,22 +2,22 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from types import TracebackType
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
+from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError
@@ -54,13 +54,13 @@ class Cluster:
         Raises:
             ConfigError: If the cluster cannot be reached.
         """
-        self._temporary: str | None = None
+        self._scratch: Scratch | None = None
         common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
         if address is not None:
             check_address(address)
         else:
-            self._temporary = tempfile.mkdtemp(prefix="fedsim-")
-            common |= {"_temp_dir": self._temporary, "num_cpus": max(local_cpus(), cpus)}
+            self._scratch = Scratch()
+            common |= {"_temp_dir": str(self._scratch.path), "num_cpus": max(local_cpus(), cpus)}
         try:
             ray.init(address=address or "local", namespace="fedsim", **common)
             if threading.current_thread() is threading.main_thread():
@@ -76,9 +76,9 @@ class Cluster:
     def close(self) -> None:
         """Stop the private Ray and remove its files, or leave the cluster."""
         ray.shutdown()
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        if self._scratch:
+            self._scratch.remove()
+            self._scratch = None
 
     def __enter__(self) -> "Cluster":
         """Return the cluster itself."""
@@ -99,6 +99,7 @@ class Runtime:
 
     Attributes:
         pool: The workers.
+        device: What the workers train on.
         server: Handle of the parameter-server actor.
     """
 
@@ -115,6 +116,7 @@ class Runtime:
         try:
             gpus = ray.cluster_resources().get("GPU", 0)
             resources: dict[str, Any] = {"num_cpus": 1}
+            self.device = torch.device("cuda" if gpus else "cpu")
             if gpus:
                 resources["num_gpus"] = config.gpus_per_worker
             count = self._worker_count(gpus)
@@ -122,7 +124,7 @@ class Runtime:
             worker = ray.remote(ClientWorker).options(**restart, **resources, **_spread())
             server = ray.remote(ParameterServer).options(**restart, num_cpus=0, scheduling_strategy=_here())
             paths = [os.getcwd(), *sys.path]
-            workers = [worker.remote(paths) for _ in range(count)]
+            workers = [worker.remote(paths, config.deterministic) for _ in range(count)]
             self.server = server.remote(paths)
             self._actors += [*workers, self.server]
             self.pool = WorkerPool(workers)

@@ -24,9 +24,9 @@ Handle = tuple[str, list[Any]]
 class ClientWorker:
     """Hosts clients: trains, protects and sums them; also evaluates, probes and attacks."""
 
-    def __init__(self, sys_path: list[str]) -> None:
-        """Start on the GPU that Ray gave this actor, or on one CPU thread; `sys_path` finds users' modules."""
-        start_process(sys_path)
+    def __init__(self, sys_path: list[str], deterministic: bool = False) -> None:
+        """Start on the GPU that Ray gave this actor, or on one CPU thread; see `start_process`."""
+        start_process(sys_path, deterministic)
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
         if 0 < share < 1:

@@ -78,8 +78,9 @@ def test_an_observation_has_no_room_for_ground_truth() -> None:
         "local",  # steps and learning rate, which the server itself prescribes
     }
     # The scheme and what it publishes are known to the adaptive adversary; draws are for the oracle alone, which
-    # tests/engine/test_chunks.py sees to; repeats were sent as the gradients were.
-    assert {field.name for field in fields(Knowledge)} == {"defense", "public", "secrets", "repeats"}
+    # tests/engine/test_chunks.py sees to; repeats were sent as the gradients were; parameters says whether the
+    # defense's strengths are public.
+    assert {field.name for field in fields(Knowledge)} == {"defense", "public", "secrets", "repeats", "parameters"}
     assert {field.name for field in fields(Payload)} == {
         "gradients",
         "statistics",
