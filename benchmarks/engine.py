@@ -36,15 +36,9 @@ from fedsim.data.datasets import Dataset
 from fedsim.engine.federation import Federation
 from fedsim.engine.overhead import measure_overhead
 from fedsim.engine.runtime import Runtime
-from fedsim.simulation import prepare
+from fedsim.preparation import prepare
 
-DEFENSES: dict[str, dict[str, Any]] = {
-    "graddefense": {"name": "graddefense"},
-    "gc": {"name": "gc"},
-    "dp_gaussian": {"name": "dp_gaussian"},
-    "dp_laplacian": {"name": "dp_laplacian"},
-    "pld": {"name": "pld"},
-}
+DEFENSES = ("graddefense", "gc", "dp_gaussian", "dp_laplacian", "pld")
 
 
 def synthetic(clients: int = CLIENTS, images: int = IMAGES) -> Dataset:
@@ -122,7 +116,8 @@ def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         turns = {"fedsim": ours, "plain": plain.round}
         for block in range(options.blocks + 1):
             if block == 1:  # the first block warms up
-                blocks.clear(), beyond.clear()
+                blocks.clear()
+                beyond.clear()
             for name, run in turns.items():
                 blocks.setdefault(name, []).append(timed(run, options.rounds, block * options.rounds))
     for _ in range(options.blocks if peers else 0):
@@ -145,14 +140,11 @@ def defenses(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     config = experiment(per_round, 1, options.workers)
     with Runtime(config.runtime) as runtime:
         plain = federation_of(config, dataset, runtime)
-        for number, (name, settings) in enumerate(DEFENSES.items()):
-            defended = federation_of(config.model_copy(update={"defense": _defense(settings)}), dataset, runtime)
+        for number, name in enumerate(DEFENSES):
+            with_defense = experiment(per_round, 1, options.workers, defense={"name": name})
+            defended = federation_of(with_defense, dataset, runtime)
             ratio = measure_overhead(plain, defended, number * (options.pairs + 1), options.pairs)
             yield {"defense": name, "percent": [round(100 * v, 1) for v in (ratio.low, ratio.median, ratio.high)]}
-
-
-def _defense(settings: dict[str, Any]) -> Any:
-    return parse_config({"defense": settings}).defense
 
 
 def memory(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

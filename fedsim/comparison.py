@@ -13,13 +13,14 @@ from pydantic import Field, ValidationError
 
 from fedsim.config import ExperimentConfig, RuntimeConfig, TrackingConfig, merged, parse_config, read_yaml
 from fedsim.data.datasets import Dataset, dataset_key, load_dataset
-from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import ConfigError, RunError
+from fedsim.files import check_folder, write_atomically
+from fedsim.preparation import Prepared, prepare
 from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.schema import Schema, explain, suggest
-from fedsim.simulation import Prepared, Simulation, prepare
+from fedsim.simulation import Simulation
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
 
 Settings = dict[str, Any]
@@ -294,14 +295,7 @@ class Comparison:
         return parent
 
     def _check_folder(self, resume: bool) -> None:
-        saved = self.folder / "comparison.yaml"
-        if saved.exists():
-            other = parse_comparison(read_yaml(saved), str(saved))
-            if other.fingerprint() != self.config.fingerprint():
-                raise ConfigError(f"{self.folder} holds another comparison; choose another --name or --output")
-            if not resume:
-                raise ConfigError(f"{self.folder} holds this comparison already; --resume goes on with it")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(
-                f"{self.folder} is not empty and holds no comparison; choose another --name or --output"
-            )
+        def is_same(saved: Path) -> bool:
+            return parse_comparison(read_yaml(saved), str(saved)).fingerprint() == self.config.fingerprint()
+
+        check_folder(self.folder, "comparison.yaml", "comparison", is_same, resume, "--name")

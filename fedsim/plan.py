@@ -9,8 +9,8 @@ from rich.table import Table
 
 from fedsim.comparison import Comparison
 from fedsim.config import ExperimentConfig
+from fedsim.preparation import Prepared
 from fedsim.results import SimulationResult
-from fedsim.simulation import Prepared
 
 PROCESS_BYTES = 350 * 2**20
 """A Ray process that has imported PyTorch."""

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from fedsim import environment
 from fedsim.config import ExperimentConfig, parse_config, read_yaml
-from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.overhead import Overhead
 from fedsim.engine.pool import Faults
 from fedsim.errors import ConfigError
+from fedsim.files import check_folder, write_atomically
 from fedsim.learning.training import Execution
 from fedsim.privacy.audit import AuditRow
 
@@ -128,17 +128,11 @@ class RunFolder:
         Raises:
             ConfigError: If it holds another experiment, or this one and `resume` was not asked for.
         """
-        saved = self.path / "config.yaml"
-        if saved.exists():
-            other = parse_config(read_yaml(saved), str(saved))
-            if other.fingerprint() != config.fingerprint():
-                raise ConfigError(f"{self.path} holds another experiment; choose another name or --output")
-            if not resume:
-                raise ConfigError(
-                    f"{self.path} holds this run already; --resume goes on with it, or choose another name"
-                )
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"{self.path} is not empty and holds no fedsim run; choose another name or --output")
+
+        def is_same(saved: Path) -> bool:
+            return parse_config(read_yaml(saved), str(saved)).fingerprint() == config.fingerprint()
+
+        check_folder(self.path, "config.yaml", "experiment", is_same, resume)
 
     def claim(self, config: ExperimentConfig) -> None:
         """Write the resolved experiment, which makes the folder this experiment's."""

@@ -5,99 +5,30 @@ The loop is `_Run.train`; start reading there.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fedsim.attacks.strategies import strategies_of
+from fedsim.auditor import Auditor
 from fedsim.config import ExperimentConfig
-from fedsim.data.datasets import Dataset, load_dataset, mean_image, root_set
-from fedsim.data.partitions import partition
+from fedsim.data.datasets import Dataset, load_dataset
 from fedsim.defenses.none import NoDefenseConfig
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
-from fedsim.engine.chunks import AttackJob
 from fedsim.engine.federation import Federation, RoundRecord
 from fedsim.engine.overhead import Overhead, measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
-from fedsim.errors import ConfigError
-from fedsim.learning.batches import ImageStore
-from fedsim.privacy import audit
-from fedsim.privacy.observation import Adversary, LocalTraining, Payload, Victim
+from fedsim.preparation import prepare
 from fedsim.progress import Reporter
 from fedsim.results import (
     PARTICIPATION_COLUMNS,
-    AuditResult,
     RunFolder,
     SimulationResult,
-    audit_stem,
     summarize,
 )
 from fedsim.tracking import TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a simulation needs before any process starts; making it checks the whole input.
-
-    Attributes:
-        dataset: The images.
-        spec: The session that workers and server will open.
-        victims: The victims of each audited round.
-    """
-
-    dataset: Dataset
-    spec: SessionSpec
-    victims: dict[int, tuple[Victim, ...]]
-
-
-def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
-    """Split the data, build the model once and draw the victims.
-
-    Raises:
-        ConfigError: If the data cannot be split so, the model does not fit or no client has enough images.
-    """
-    federation = config.federation
-    root, rest = root_set(dataset, federation.root_per_class, config.seed)
-    parts = partition(dataset.train_labels, rest, federation.clients, config.data.partition, config.seed)
-    spec = SessionSpec(config, parts, root)
-    model = spec.build_model(dataset)
-    rounds = config.audit.rounds if config.attacks else ()
-    if config.audit.payload == "probe":
-        victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
-    else:
-        victims = {round_: _training_victims(spec, round_) for round_ in rounds}
-    for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
-        for attack in config.attacks:
-            attack.check(model, size)
-    return Prepared(dataset, spec, victims)
-
-
-def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
-    """Return the first clients of the round's cohort, with the batches that they train on.
-
-    Raises:
-        ConfigError: If no client takes part, or none trains on batches of one size, and on no image twice, as
-            attacks assume.
-    """
-    cohort = spec.cohort(round_)[: spec.config.audit.victims]
-    if not cohort:
-        raise ConfigError(f"audit.payload: training: no client reports in time in round {round_}")
-    schedules = {client: spec.schedule(round_, client) for client in cohort}
-    images = {client: np.concatenate(batches) for client, batches in schedules.items()}
-    able = [c for c in cohort if len(set(map(len, schedules[c]))) == 1 and len(set(images[c])) == len(images[c])]
-    if not able:
-        raise ConfigError(
-            "audit.payload: training needs local batches of one size that use each image once; set "
-            f"federation.local_steps × batch_size to at most a client's images ({len(set(images[cohort[0]]))})"
-        )
-    size = max(len(images[client]) for client in able)
-    same = [client for client in able if len(images[client]) == size]
-    return tuple(Victim(c, images[c], stream=c, steps=len(schedules[c])) for c in same)
 
 
 class Simulation:
@@ -214,7 +145,6 @@ class _Run:
     def __init__(self, simulation: Simulation, runtime: Runtime, tracked: TrackedRun | None) -> None:
         self.config, self.folder = simulation.config, simulation.folder
         self.dataset, self.spec = simulation.prepared.dataset, simulation.prepared.spec
-        self.victims = simulation.prepared.victims
         self.runtime, self.tracked, self.reporter = runtime, tracked, simulation.reporter
         self.checkpoints = (
             CheckpointFolder(self.folder.checkpoints, self.config.fingerprint()) if self.folder else None
@@ -225,17 +155,17 @@ class _Run:
         self.federation = Federation(
             self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None, self.saved
         )
-        self.audits: list[AuditResult] = []
+        self.auditor = Auditor(simulation.prepared, self.federation, self.folder, self.reporter)
 
     def train(self) -> SimulationResult:
         """Train, evaluate and audit; return the result."""
         rounds = self.config.federation.rounds
         self.reporter.begin(self.config.name, rounds, done=len(self.history))
         try:
-            self._reload_audits()
+            self.auditor.reload()
             self._log_history()
             for round_ in range(len(self.history), rounds):
-                self.audit_round(round_)
+                self.auditor.attack_round(round_)
                 record = self._as_record(self.federation.run_round(round_))
                 if self._due(round_, self.config.federation.evaluate_every):
                     record["ACC"], record["test_loss"] = self.federation.evaluate()
@@ -243,7 +173,7 @@ class _Run:
                 if self._due(round_, self.config.checkpoint_every):
                     self._checkpoint()
                 self.reporter.round(record)
-            self.audit_round(rounds)
+            self.auditor.attack_round(rounds)
             return self._finish(self._overhead())
         except (Exception, KeyboardInterrupt):
             self._rescue()
@@ -264,79 +194,6 @@ class _Run:
         if self.tracked:
             for record in self.history:
                 self.tracked.round(record)
-
-    def audit_round(self, round_: int) -> None:
-        """Attack the victims of a round, if it is one to be audited, before it changes the weights."""
-        victims = self.victims.get(round_)
-        if not victims:
-            return
-        payload = self.federation.probe(round_, victims)
-        truth = audit.GroundTruth.of(self._images(), victims)
-        for number, adversary, strategy in self._trials():
-            if not self._audited(self.config.attacks[number].title, adversary, strategy, round_):
-                self._attack(number, adversary, strategy, round_, payload, victims, truth)
-
-    def _trials(self) -> list[tuple[int, Adversary, str]]:
-        """Return what is tried on the victims of a round: number of the attack, adversary, strategy."""
-        audit = self.config.audit
-        return [
-            (number, adversary, strategy)
-            for number in range(len(self.config.attacks))
-            for adversary in audit.adversaries
-            for strategy in strategies_of(self.config.defense, adversary, audit.observations)
-        ]
-
-    def _attack(
-        self,
-        number: int,
-        adversary: Adversary,
-        strategy: str,
-        round_: int,
-        payload: Payload,
-        victims: tuple[Victim, ...],
-        truth: audit.GroundTruth,
-    ) -> None:
-        settings = self.config.attacks[number]
-        job = AttackJob(
-            attack=number,
-            batch_size=truth.labels.shape[1],
-            labels=truth.labels.numpy() if settings.knows_labels else None,
-            seeds=audit.attack_seeds(self.config, round_, len(victims)),
-            local=LocalTraining(victims[0].steps, self.config.federation.learning_rate),
-            adversary=adversary,
-            strategy=strategy,
-        )
-        found, seen = self.federation.attack(payload, job)
-        at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels)
-        result = AuditResult(
-            attack=settings.title,
-            adversary=adversary,
-            strategy=strategy,
-            round=round_,
-            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, strategy, round_),
-            originals=audit.as_bytes(truth.images),
-            reconstructions=audit.as_bytes(found.images),
-        )
-        self.audits.append(result)
-        if self.folder:
-            self.folder.save_audit(result)
-        self.reporter.note(f"{self.config.name}: {result.describe()}")
-
-    def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:
-        stem = audit_stem(attack, adversary, strategy, round_)
-        return any(audit.stem == stem for audit in self.audits)
-
-    def _reload_audits(self) -> None:
-        if not self.folder:
-            return
-        for round_ in self.victims:
-            for number, adversary, strategy in self._trials():
-                found = self.folder.load_audit(self.config.attacks[number].title, adversary, strategy, round_)
-                if found:
-                    self.audits.append(found)
-
-    def _images(self) -> ImageStore:
-        return ImageStore.of(self.dataset.train_images, self.dataset.train_labels, "cpu")
 
     def _due(self, round_: int, every: int) -> bool:
         done = round_ + 1
@@ -378,18 +235,12 @@ class _Run:
             defended.close()
 
     def _finish(self, overhead: Overhead | None) -> SimulationResult:
-        floors = {}
-        if self.victims:
-            mean = mean_image(self.dataset)
-            victims = [victim for round_ in self.victims.values() for victim in round_]
-            truth = audit.GroundTruth.of(self._images(), victims)
-            floors = audit.floor_scores(truth, mean, self.config.seed)
         result = summarize(
             self.config,
             self.history,
-            self.audits,
+            self.auditor.audits,
             self.federation.weights(),
-            floors,
+            self.auditor.floors(),
             overhead,
             self.federation.faults,
             self.federation.execution,

@@ -28,8 +28,11 @@ def test_rays_own_schema_and_checks_accept_the_file(name: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    jsonschema.validate(read(name), schema)
-    validate_config(prepare_config(copy.deepcopy(read(name))))
+    assert jsonschema.Draft7Validator(schema).is_valid(read(name))
+    prepared = prepare_config(copy.deepcopy(read(name)))
+    validate_config(prepared)
+    with pytest.raises(jsonschema.ValidationError, match="max_workres"):
+        validate_config({**prepared, "max_workres": 3})
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import ConfigError
 from fedsim.participation import ExponentialConfig, LognormalConfig, Participation, participation, sample_size
+from fedsim.preparation import prepare
 from fedsim.randomness import Purpose, numpy_stream
-from fedsim.simulation import prepare
 from tests.conftest import small_experiment
 
 LOGNORMAL = LognormalConfig(median=10, sigma=1.0, deadline=15)

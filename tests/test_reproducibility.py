@@ -130,6 +130,12 @@ class Stop(Reporter):
             raise KeyboardInterrupt
 
 
+def interrupt(config: ExperimentConfig, runtime: Runtime, digits: Dataset, output: Path) -> None:
+    """Run until `Stop` interrupts."""
+    with pytest.raises(KeyboardInterrupt):
+        Simulation(config, runtime=runtime, dataset=digits, output=output, reporter=Stop()).run()
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_after_a_resume(
     case: tuple[str, str],
@@ -138,11 +144,7 @@ def test_after_a_resume(
     reference: dict[tuple[str, str], str],
     tmp_path: Path,
 ) -> None:
-    broken = Simulation(
-        experiment(*case), runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Stop()
-    )
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    interrupt(experiment(*case), runtime, digits, tmp_path / "run")
     resumed = Simulation(experiment(*case), runtime=runtime, dataset=digits, output=tmp_path / "run").run(True)
     assert sha(resumed) == reference[case]
     assert list(resumed.rounds["round"]) == list(range(6))
@@ -156,9 +158,7 @@ def test_after_checkpoints_that_are_damaged_or_anothers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = experiment("graddefense", checkpoint_every=1)
-    broken = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run", reporter=Stop())
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    interrupt(config, runtime, digits, tmp_path / "run")
     folder = CheckpointFolder(tmp_path / "run/checkpoints", config.fingerprint())
     sound, newest = sorted(folder.folder.iterdir())
     foreign = newest.with_name("round-000006.safetensors")

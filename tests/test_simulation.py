@@ -16,7 +16,8 @@ from fedsim.engine.runtime import Runtime
 from fedsim.errors import ConfigError, RunError
 from fedsim.learning.batches import ImageStore
 from fedsim.learning.training import VECTORIZED_BATCH
-from fedsim.simulation import Simulation, prepare
+from fedsim.preparation import prepare
+from fedsim.simulation import Simulation
 from tests.conftest import small_experiment
 
 pytestmark = pytest.mark.ray
@@ -119,8 +120,10 @@ def test_a_training_payload_is_the_very_update(runtime: Runtime, digits: Dataset
 def test_a_private_runtime_leaves_no_process_and_no_file(digits: Dataset) -> None:
     """Run apart, in a process of its own, because this one holds the shared runtime."""
     code = (
-        "import tempfile, fedsim.simulation as s; from tests.conftest import small_experiment as e;"
-        "print(s.Simulation(e(federation={'rounds': 1})).run().accuracy)"
+        "import signal, fedsim.simulation as s; from tests.conftest import small_experiment as e;"
+        "before = signal.getsignal(signal.SIGTERM);"
+        "print(s.Simulation(e(federation={'rounds': 1})).run().accuracy);"
+        "assert signal.getsignal(signal.SIGTERM) == before"
     )
     before = {path.name for path in Path(tempfile.gettempdir()).glob("fedsim-*")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -87,17 +87,13 @@ def _check_folder(folder: Path, checked: "CheckedPayload", resume: bool) -> bool
     Raises:
         ConfigError: If it holds something else, or this attack and `resume` was not asked for.
     """
-    import yaml
+    from fedsim.config import read_yaml
+    from fedsim.files import check_folder
 
-    saved = folder / "attack.yaml"
-    if not saved.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty and holds no attack; choose another name=… or --output")
-        return False
-    if yaml.safe_load(saved.read_text(encoding="utf-8")) != _identity(checked):
-        raise ConfigError(f"{folder} holds another attack; choose another name=… or --output")
-    if not resume:
-        raise ConfigError(f"{folder} holds this attack already; --resume goes on, or choose another name=…")
+    def is_same(saved: Path) -> bool:
+        return read_yaml(saved) == _identity(checked)
+
+    check_folder(folder, "attack.yaml", "attack", is_same, resume, "name=…")
     return (folder / "result.json").exists()
 
 
@@ -108,7 +104,7 @@ def _identity(checked: "CheckedPayload") -> dict[str, Any]:
 def _write_config(folder: Path, checked: "CheckedPayload") -> None:
     import yaml
 
-    from fedsim.engine.checkpoints import write_atomically
+    from fedsim.files import write_atomically
 
     text = yaml.safe_dump(_identity(checked), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "attack.yaml", text.encode())
@@ -120,7 +116,7 @@ def _write(folder: Path, checked: "CheckedPayload", result: "PayloadResult") -> 
 
     import numpy as np
 
-    from fedsim.engine.checkpoints import write_atomically
+    from fedsim.files import write_atomically
     from fedsim.privacy.audit import as_bytes
     from fedsim.results import grid, write_json
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsim.simulation import Prepared
+    from fedsim.preparation import Prepared
 
 DEFAULT_OUTPUT = Path("runs")
 

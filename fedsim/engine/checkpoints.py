@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedsim.engine.server import Arrays
-from fedsim.errors import RunError
+from fedsim.files import write_atomically
 
 KEEP = 2
 log = logging.getLogger(__name__)
@@ -77,22 +76,3 @@ class CheckpointFolder:
                 raise ValueError("it belongs to another experiment")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Checkpoint(int(metadata["rounds_done"]), state, json.loads(metadata["history"]))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: to a temporary name, flushed to disk, then renamed.
-
-    Raises:
-        RunError: If it cannot be written; a file that was there before is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error

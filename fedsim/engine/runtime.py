@@ -55,6 +55,7 @@ class Cluster:
             ConfigError: If the cluster cannot be reached.
         """
         self._scratch: Scratch | None = None
+        self._terminate = signal.getsignal(signal.SIGTERM)
         common: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
         if address is not None:
             check_address(address)
@@ -63,9 +64,8 @@ class Cluster:
             common |= {"_temp_dir": str(self._scratch.path), "num_cpus": max(local_cpus(), cpus)}
         try:
             ray.init(address=address or "local", namespace="fedsim", **common)
-            if threading.current_thread() is threading.main_thread():
-                # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
+            _on_terminate(signal.default_int_handler)
         except BaseException as error:  # Ray raises a bare Exception when its processes are slow to start
             self.close()
             if not isinstance(error, Exception):
@@ -74,8 +74,9 @@ class Cluster:
             raise ConfigError(f"no Ray runtime at {where}: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:
-        """Stop the private Ray and remove its files, or leave the cluster."""
+        """Stop the private Ray and remove its files, or leave the cluster; SIGTERM is as it was before."""
         ray.shutdown()
+        _on_terminate(self._terminate)
         if self._scratch:
             self._scratch.remove()
             self._scratch = None
@@ -170,6 +171,12 @@ class Runtime:
     ) -> None:
         """Close the runtime."""
         self.close()
+
+
+def _on_terminate(handler: Any) -> None:
+    """Set what SIGTERM does, where that can be set: in the main thread."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

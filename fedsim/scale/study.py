@@ -15,9 +15,9 @@ import yaml
 from fedsim import environment
 from fedsim.config import read_yaml
 from fedsim.data.datasets import load_dataset
-from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.runtime import Cluster, check_address, local_cpus
 from fedsim.errors import ConfigError
+from fedsim.files import check_folder, write_atomically
 from fedsim.progress import Reporter
 from fedsim.scale.cost_model import Point
 from fedsim.scale.grid import Cell, ScaleConfig, Workload, describe
@@ -87,16 +87,11 @@ class ScaleStudy:
         Raises:
             ConfigError: If it holds something else, or this study and `resume` was not asked for.
         """
-        saved = self.folder / "scale.yaml"
-        if saved.exists():
-            if read_yaml(saved).get("fingerprint") != self.config.fingerprint():
-                raise ConfigError(f"{self.folder} holds another study; choose another name=… or --output")
-            if not resume:
-                raise ConfigError(
-                    f"{self.folder} holds this study already; --resume goes on with it, or choose another name=…"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} is not empty and holds no study; choose another name=… or --output")
+
+        def is_same(saved: Path) -> bool:
+            return bool(read_yaml(saved).get("fingerprint") == self.config.fingerprint())
+
+        check_folder(self.folder, "scale.yaml", "study", is_same, resume, "--name")
 
     def run(self, resume: bool = False) -> pd.DataFrame:
         """Measure what is not measured yet; return all rows.

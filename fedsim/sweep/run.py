@@ -19,10 +19,10 @@ from rich.console import Console
 
 from fedsim.config import ExperimentConfig, RuntimeConfig, read_yaml
 from fedsim.data.datasets import Dataset, dataset_key, load_dataset
-from fedsim.engine.checkpoints import write_atomically
 from fedsim.engine.runtime import Cluster
 from fedsim.errors import ConfigError
-from fedsim.simulation import prepare
+from fedsim.files import check_folder, write_atomically
+from fedsim.preparation import prepare
 from fedsim.sweep.config import (
     AshaConfig,
     MedianConfig,
@@ -300,14 +300,10 @@ class Sweep:
         return parent
 
     def _check_folder(self, resume: bool) -> None:
-        saved = self.folder / "sweep.yaml"
-        if saved.exists():
-            if SweepConfig.model_validate(read_yaml(saved)).fingerprint() != self.config.fingerprint():
-                raise ConfigError(f"{self.folder} holds another sweep; choose another name or --output")
-            if not resume:
-                raise ConfigError(f"{self.folder} holds this sweep already; --resume goes on with it")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} is not empty and holds no sweep; choose another name or --output")
+        def is_same(saved: Path) -> bool:
+            return SweepConfig.model_validate(read_yaml(saved)).fingerprint() == self.config.fingerprint()
+
+        check_folder(self.folder, "sweep.yaml", "sweep", is_same, resume)
 
 
 def _reserve(config: SweepConfig, settings: Mapping[str, Any]) -> tune.PlacementGroupFactory:

@@ -14,10 +14,10 @@ from fedsim.data.datasets import DigitsConfig, load_dataset
 from fedsim.errors import ConfigError
 from fedsim.learning import batch_norm
 from fedsim.learning.models import Model
+from fedsim.preparation import prepare
 from fedsim.privacy.metrics import score
 from fedsim.privacy.observation import LocalTraining
 from fedsim.randomness import Purpose, torch_stream
-from fedsim.simulation import prepare
 from tests.attacks.problems import lenet, observe, rand, victims
 from tests.conftest import small_experiment
 

@@ -8,7 +8,7 @@ from fedsim.engine import chunks, probes
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
-from fedsim.simulation import prepare
+from fedsim.preparation import prepare
 from tests.conftest import small_experiment
 
 

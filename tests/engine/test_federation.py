@@ -16,8 +16,9 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
 from fedsim.learning.batches import ImageStore
+from fedsim.preparation import prepare
 from fedsim.progress import Reporter
-from fedsim.simulation import Simulation, prepare
+from fedsim.simulation import Simulation
 from tests.conftest import small_experiment
 
 pytestmark = pytest.mark.ray

@@ -8,10 +8,10 @@ import torch
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
+from fedsim.preparation import prepare
 from fedsim.privacy import audit
 from fedsim.privacy.observation import Knowledge, Observation, Payload, Reconstruction, Victim
 from fedsim.results import AuditResult, RunFolder
-from fedsim.simulation import prepare
 from tests.conftest import small_experiment
 
 AUDIT = {"victims": 6, "batch_size": 2}

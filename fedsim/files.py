@@ -1,0 +1,52 @@
+"""Output files and folders: files are written whole or not at all, and a folder belongs to one thing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsim.errors import ConfigError, RunError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or none: to a temporary name, flushed to disk, then renamed.
+
+    Raises:
+        RunError: If it cannot be written; a file that was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_folder(
+    folder: Path, mark: str, kind: str, is_same: Callable[[Path], bool], resume: bool, rename: str = "name"
+) -> None:
+    """See that an output folder is free, or holds the same thing and may be gone on with; nothing is written.
+
+    Args:
+        folder: The folder.
+        mark: Name of the file in it that tells what it holds.
+        kind: What is to be kept there, e.g. "sweep".
+        is_same: Whether that file tells of the very thing that is to be kept there.
+        resume: Whether to go on with it.
+        rename: How the user chooses another folder, beside `--output`.
+
+    Raises:
+        ConfigError: If it holds something else, or the same and `resume` was not asked for.
+    """
+    saved, instead = folder / mark, f"choose another {rename} or --output"
+    if saved.exists():
+        if not is_same(saved):
+            raise ConfigError(f"{folder} holds another {kind}; {instead}")
+        if not resume:
+            raise ConfigError(f"{folder} holds this {kind} already; --resume goes on with it, or {instead}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {kind}; {instead}")

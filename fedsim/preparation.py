@@ -1,0 +1,73 @@
+"""What a simulation needs before any process starts; making it checks the whole input."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsim.config import ExperimentConfig
+from fedsim.data.datasets import Dataset, root_set
+from fedsim.data.partitions import partition
+from fedsim.engine.session import SessionSpec
+from fedsim.errors import ConfigError
+from fedsim.privacy import audit
+from fedsim.privacy.observation import Victim
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a simulation needs before any process starts; making it checks the whole input.
+
+    Attributes:
+        dataset: The images.
+        spec: The session that workers and server will open.
+        victims: The victims of each audited round.
+    """
+
+    dataset: Dataset
+    spec: SessionSpec
+    victims: dict[int, tuple[Victim, ...]]
+
+
+def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
+    """Split the data, build the model once and draw the victims.
+
+    Raises:
+        ConfigError: If the data cannot be split so, the model does not fit or no client has enough images.
+    """
+    federation = config.federation
+    root, rest = root_set(dataset, federation.root_per_class, config.seed)
+    parts = partition(dataset.train_labels, rest, federation.clients, config.data.partition, config.seed)
+    spec = SessionSpec(config, parts, root)
+    model = spec.build_model(dataset)
+    rounds = config.audit.rounds if config.attacks else ()
+    if config.audit.payload == "probe":
+        victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
+    else:
+        victims = {round_: _training_victims(spec, round_) for round_ in rounds}
+    for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
+        for attack in config.attacks:
+            attack.check(model, size)
+    return Prepared(dataset, spec, victims)
+
+
+def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
+    """Return the first clients of the round's cohort, with the batches that they train on.
+
+    Raises:
+        ConfigError: If no client takes part, or none trains on batches of one size, and on no image twice, as
+            attacks assume.
+    """
+    cohort = spec.cohort(round_)[: spec.config.audit.victims]
+    if not cohort:
+        raise ConfigError(f"audit.payload: training: no client reports in time in round {round_}")
+    schedules = {client: spec.schedule(round_, client) for client in cohort}
+    images = {client: np.concatenate(batches) for client, batches in schedules.items()}
+    able = [c for c in cohort if len(set(map(len, schedules[c]))) == 1 and len(set(images[c])) == len(images[c])]
+    if not able:
+        raise ConfigError(
+            "audit.payload: training needs local batches of one size that use each image once; set "
+            f"federation.local_steps × batch_size to at most a client's images ({len(set(images[cohort[0]]))})"
+        )
+    size = max(len(images[client]) for client in able)
+    same = [client for client in able if len(images[client]) == size]
+    return tuple(Victim(c, images[c], stream=c, steps=len(schedules[c])) for c in same)
