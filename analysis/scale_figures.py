@@ -107,10 +107,10 @@ def draw_speed_up(table: pd.DataFrame, config: ScaleConfig) -> Figure | None:
     strong_panel.set_title(f"Strong scaling, {look(defense).short}")
     strong_panel.set_ylabel(f"speed-up over {first} worker{'s' if first > 1 else ''}")
     _weak(weak_panel, table, config)
-    for panel in (strong_panel, weak_panel):
+    for panel, corner in ((strong_panel, "upper left"), (weak_panel, "lower left")):
         panel.set_xlabel("workers")
         panel.set_xticks(sorted(config.workers))
-        panel.legend()
+        panel.legend(loc=corner)
     return figure
 
 
@@ -125,7 +125,7 @@ def _weak(panel: Axes, table: pd.DataFrame, config: ScaleConfig) -> None:
         efficiency = curve["seconds"].iloc[0] / curve["seconds"]
         panel.plot(curve["workers"], efficiency, color=colour, marker="o", label=look(str(defense)).short)
     panel.axhline(1, color=FAINT, linestyle="--", label="ideal")
-    panel.set_ylim(0, None)
+    panel.set_ylim(0, 1.05 * max(1.0, *panel.get_ylim()))
     panel.set_title(f"Weak scaling, {config.weak} clients a worker")
     panel.set_ylabel("efficiency")
 
