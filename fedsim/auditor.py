@@ -1,6 +1,9 @@
 """The audit of one simulation: who is attacked how before which round, and what has been done of it."""
 
-from fedsim.attacks.strategies import strategies_of
+from dataclasses import replace
+from typing import Any
+
+from fedsim.attacks.strategies import REPEATED, strategies_of
 from fedsim.data.datasets import mean_image
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.federation import Federation
@@ -27,6 +30,8 @@ class Auditor:
         self.dataset, self.federation = prepared.dataset, federation
         self.folder, self.reporter = folder, reporter
         self.audits: list[AuditResult] = []
+        self.public = prepared.public
+        self._learned: dict[tuple[int, bool, int], Any] = {}
 
     def reload(self) -> None:
         """Read back what an earlier process has kept."""
@@ -43,6 +48,7 @@ class Auditor:
         victims = self.victims.get(round_)
         if not victims:
             return
+        self._learned = {}
         payload = self.federation.probe(round_, victims)
         truth = audit.GroundTruth.of(self._images(), victims)
         for number, adversary, strategy in self._trials():
@@ -56,7 +62,9 @@ class Auditor:
             (number, adversary, strategy)
             for number in range(len(self.config.attacks))
             for adversary in audit.adversaries
-            for strategy in strategies_of(self.config.defense, adversary, audit.observations)
+            for strategy in strategies_of(
+                self.config.defense, adversary, audit.observations, self.config.attacks[number]
+            )
         ]
 
     def _attack(
@@ -79,7 +87,9 @@ class Auditor:
             adversary=adversary,
             strategy=strategy,
         )
-        found, seen = self.federation.attack(payload, job)
+        learned, seconds = self._learn(job, round_)
+        found, seen = self.federation.attack(payload, job, learned)
+        found = replace(found, seconds=found.seconds + seconds)
         at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels)
         result = AuditResult(
             attack=settings.title,
@@ -94,6 +104,22 @@ class Auditor:
         if self.folder:
             self.folder.save_audit(result)
         self.reporter.note(f"{self.config.name}: {result.describe()}")
+
+    def _learn(self, job: AttackJob, round_: int) -> tuple[Any, float]:
+        """Return a reference to what the attack has learned, and the seconds that it took; (None, 0) if nothing.
+
+        What several adversaries or strategies share is learned once, and counts for the first of them.
+        """
+        settings = self.config.attacks[job.attack]
+        if settings.public_source is None:
+            return None, 0.0
+        simulates = settings.simulates_defense and job.adversary != "naive"
+        rounds = self.config.audit.observations if simulates and job.strategy in REPEATED else 1
+        key = (job.attack, simulates, rounds)
+        if key in self._learned:
+            return self._learned[key], 0.0
+        self._learned[key], seconds = self.federation.learn(job, round_, self.public[settings.public_source])
+        return self._learned[key], seconds
 
     def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:
         stem = audit_stem(attack, adversary, strategy, round_)

@@ -210,7 +210,10 @@ class Comparison:
         self.cells = self.config.cells()
         self._datasets: dict[str, Dataset] = {}
         for cell in self.cells:
-            prepare(cell.config, self.dataset(cell.config))
+            self._prepare(cell)
+
+    def _prepare(self, cell: Cell) -> Prepared:
+        return prepare(cell.config, self.dataset(cell.config), self.data_dir)
 
     @property
     def folder(self) -> Path:
@@ -232,7 +235,7 @@ class Comparison:
     def by_dataset(self) -> dict[str, Prepared]:
         """Return the data and partition of the first cell of each data set."""
         first = {cell.dataset: cell for cell in reversed(self.cells)}
-        return {name: prepare(cell.config, self.dataset(cell.config)) for name, cell in first.items()}
+        return {name: self._prepare(cell) for name, cell in first.items()}
 
     def run(self, resume: bool = False) -> Iterator[tuple[Cell, SimulationResult]]:
         """Run the cells; yield each with its result. Cells that fail are named in `failures`, the rest go on.
@@ -265,6 +268,7 @@ class Comparison:
         simulation = Simulation(
             cell.config,
             output=self.folder / "cells" / cell.config.name,
+            data_dir=self.data_dir,
             dataset=self.dataset(cell.config),
             runtime=runtime,
             tracker=tracker,

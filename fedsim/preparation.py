@@ -1,12 +1,14 @@
 """What a simulation needs before any process starts; making it checks the whole input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import partition
+from fedsim.data.public import PublicImages, PublicSource, public_images
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import ConfigError
 from fedsim.privacy import audit
@@ -21,18 +23,26 @@ class Prepared:
         dataset: The images.
         spec: The session that workers and server will open.
         victims: The victims of each audited round.
+        public: The public images that attacks learn from, by where they come from.
     """
 
     dataset: Dataset
     spec: SessionSpec
     victims: dict[int, tuple[Victim, ...]]
+    public: dict[PublicSource, PublicImages] = field(default_factory=dict)
 
 
-def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
-    """Split the data, build the model once and draw the victims.
+def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = None) -> Prepared:
+    """Split the data, build the model once, draw the victims and load what attacks learn from.
+
+    Args:
+        config: The experiment.
+        dataset: Its data.
+        data_dir: Where data sets of public images lie; see `load_dataset`.
 
     Raises:
-        ConfigError: If the data cannot be split so, the model does not fit or no client has enough images.
+        ConfigError: If the data cannot be split so, the model does not fit, no client has enough images, or public
+            images are missing or do not fit.
     """
     federation = config.federation
     root, rest = root_set(dataset, federation.root_per_class, config.seed)
@@ -47,7 +57,9 @@ def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
     for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
         for attack in config.attacks:
             attack.check(model, size)
-    return Prepared(dataset, spec, victims)
+    sources = {source for attack in config.attacks if (source := attack.public_source)}
+    public = {source: public_images(source, config.data, dataset, data_dir) for source in sorted(sources)}
+    return Prepared(dataset, spec, victims, public)
 
 
 def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:

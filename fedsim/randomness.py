@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     PROBE_REPEATS = 13
     DROPOUT = 14
     DELAYS = 15
+    LEARNING = 16
 
 
 def _sequence(seed: int, purpose: Purpose, *counters: int) -> np.random.SeedSequence:

@@ -75,7 +75,7 @@ class Simulation:
         self.folder = RunFolder(Path(output)) if output is not None else None
         self.tracker, self.parent, self.tags = tracker, parent, dict(tags or {})
         self.reporter = reporter or Reporter()
-        self.prepared = prepare(config, dataset or load_dataset(config.data, data_dir))
+        self.prepared = prepare(config, dataset or load_dataset(config.data, data_dir), data_dir)
 
     def check_output(self, resume: bool) -> None:
         """See that the output folder is free for this experiment; ConfigError says why not."""

@@ -10,8 +10,15 @@ from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradinversion import GradInversionConfig
 from fedsim.attacks.idlg import IDLGConfig
+from fedsim.attacks.inverter import InverterConfig
 
 AttackConfig = Annotated[
-    DLGConfig | IDLGConfig | GIAConfig | GradInversionConfig | AnalyticConfig | CustomAttackConfig,
+    DLGConfig
+    | IDLGConfig
+    | GIAConfig
+    | GradInversionConfig
+    | AnalyticConfig
+    | InverterConfig
+    | CustomAttackConfig,
     Field(discriminator="name"),
 ]

@@ -1,16 +1,20 @@
 """What an attack is: one function from what the server saw to images."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from fedsim.attacks.distances import Distance, Targets
+from fedsim.data.public import PublicSource
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
-from fedsim.privacy.observation import Observation, Reconstruction
+from fedsim.privacy.observation import Adversary, Observation, Reconstruction
 from fedsim.schema import Schema
+
+if TYPE_CHECKING:
+    from fedsim.attacks.learning import LearningContext
 
 LabelSource = Literal["known", "recovered"]
 """How an attacker that does not search for labels gets them: given, or from the last layer's gradient."""
@@ -39,6 +43,21 @@ class Attack:
             labels: Their labels, shape [N, B].
         """
         return None
+
+    def learn(self, context: "LearningContext") -> Any:
+        """Return what the attack learns from public images before it sees a victim; None if it learns nothing.
+
+        It is called once for all victims of a round. What it returns depends on nothing but `context`, and goes to
+        the workers as it is.
+
+        Raises:
+            ConfigError: If the public images do not suffice.
+        """
+        return None
+
+    def taught(self, learned: Any) -> "Attack":
+        """Return this attack with what `learn` returned."""
+        return self
 
     def matching(self, distance: Callable[[Targets], Distance]) -> "Attack":
         """Return this attack with another distance between gradients in place of its own.
@@ -73,6 +92,20 @@ class AttackSettings(Schema):
     def takes_strategies(self) -> bool:
         """Whether adversaries who know the defense can use the attack: it weighs entries, and takes a distance."""
         return True
+
+    @property
+    def public_source(self) -> PublicSource | None:
+        """Where the images come from that the attack learns from; None: it learns nothing."""
+        return None
+
+    @property
+    def simulates_defense(self) -> bool:
+        """Whether it learns through the defense that the adversary knows, and so needs its parameters."""
+        return False
+
+    def own_strategies(self, adversary: Adversary) -> tuple[str, ...] | None:
+        """Return what an adversary who knows the defense does with this attack; None: what the defense names."""
+        return None
 
     def check(self, model: Model, batch_size: int) -> None:
         """See that the attack applies, before any work starts.

@@ -13,12 +13,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fedsim.attacks.base import Attack
+from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.distances import AbsoluteError, SliceError
 from fedsim.attacks.estimates import noise_std, noisy_slices
 from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
-from fedsim.defenses.base import DefenseSettings
+from fedsim.defenses.base import Defense, DefenseSettings
 from fedsim.defenses.denoising import marchenko_pastur_denoise
 from fedsim.errors import ConfigError
 from fedsim.privacy.observation import Adversary, Knowledge, Observation
@@ -138,7 +138,12 @@ def laplace(observation: Observation, knowledge: Knowledge, attack: Attack) -> O
     return observation
 
 
-REPEATED = frozenset({"average", "agreement"})
+def simulated(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave what was seen as it is: the attack has learned from gradients that were protected alike."""
+    return observation
+
+
+REPEATED = frozenset({"average", "agreement", "simulated_average"})
 """Strategies that need several rounds at the same weights."""
 
 REMATCHED = frozenset({"laplace"})
@@ -156,11 +161,15 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "agreement": agreement,
         "likelihood": likelihood,
         "laplace": laplace,
+        "simulated": simulated,
+        "simulated_average": average,
     }
 )
 
 
-def strategies_of(defense: DefenseSettings, adversary: Adversary, repeats: int) -> tuple[str, ...]:
+def strategies_of(
+    defense: DefenseSettings, adversary: Adversary, repeats: int, attack: AttackSettings | None = None
+) -> tuple[str, ...]:
     """Return the strategies that an adversary adds to those of the others who know less; "" is the plain attack.
 
     Whoever knows more can also do what the others do: tables show the best of all that an adversary can do.
@@ -169,10 +178,15 @@ def strategies_of(defense: DefenseSettings, adversary: Adversary, repeats: int) 
         defense: The scheme.
         adversary: What the attacker knows.
         repeats: Rounds at the same weights in which the attacker sees each victim.
+        attack: The attack, which may have strategies of its own: against any defense that protects at all.
     """
     if adversary == "naive":
         return ("",)
-    names = defense.strategies() if adversary == "adaptive" else defense.oracle_strategies()
+    names = attack.own_strategies(adversary) if attack else None
+    if names is None:
+        names = defense.strategies() if adversary == "adaptive" else defense.oracle_strategies()
+    elif type(defense.build()).protect is Defense.protect:
+        names = ()
     return tuple(name for name in names if name not in REPEATED or repeats > 1)
 
 

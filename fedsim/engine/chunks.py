@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,13 +154,22 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def attack(session: Session, weights: Tensor, payload: Payload, job: AttackJob) -> tuple[Reconstruction, Payload]:
+def attack(
+    session: Session, weights: Tensor, payload: Payload, job: AttackJob, learned: Any = None
+) -> tuple[Reconstruction, Payload]:
     """Attack the victims of `payload`, whose gradients were taken at `weights` [d].
+
+    Args:
+        session: The simulation.
+        weights: Global weights.
+        payload: What the victims sent.
+        job: How they are attacked.
+        learned: What the attack has learned before, if it learns.
 
     Returns:
         What was found, and the payload as the job's strategy saw it: the loss is measured on that.
     """
-    attack = session.spec.config.attacks[job.attack].build()
+    attack = session.spec.config.attacks[job.attack].build().taught(learned)
     observation = strategies.apply(job.strategy, _observation(session, weights, payload, job), attack)
     seen = replace(
         payload,

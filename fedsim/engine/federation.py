@@ -13,7 +13,9 @@ from ray.exceptions import ObjectLostError, RayActorError
 from torch import Tensor
 
 from fedsim.data.datasets import Dataset
+from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.lessons import Lesson
 from fedsim.engine.pool import PING_SECONDS, TRIES, Faults, fetch
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
@@ -162,14 +164,34 @@ class Federation:
         payload: Payload = self._gather("probe", calls, "a probe")[0]
         return payload
 
-    def attack(self, payload: Payload, job: AttackJob) -> tuple[Reconstruction, Payload]:
+    def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float]:
+        """Let the attack of `job` learn from public images at the present weights, once for all its victims.
+
+        Returns:
+            A reference to what it has learned, for `attack`, and the seconds that it took.
+        """
+        shared = self.runtime.put(images.fingerprint, images)
+        calls = [(self._handle, self._output.weights, self._output.public, shared, job, round_)]
+        lesson: Lesson = self._gather("learn", calls, "an attack's learning")[0]
+        # Owned by the driver, so that it outlives the worker that made it.
+        return ray.put(lesson.learned), lesson.seconds
+
+    def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers.
+
+        Args:
+            payload: What they sent.
+            job: How they are attacked.
+            learned: What `learn` returned for this job, if the attack learns.
 
         Returns:
             What was found, and the payload as the job's strategy saw it.
         """
         shards = self._shards(job)
-        calls = [(self._handle, self._output.weights, payload.select(part), job.select(part)) for part in shards]
+        calls = [
+            (self._handle, self._output.weights, payload.select(part), job.select(part), learned)
+            for part in shards
+        ]
         parts = self._gather("attack", calls, "an attack")
         return Reconstruction.join([found for found, _ in parts]), Payload.join([seen for _, seen in parts])
 

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.engine import chunks, probes
+from fedsim.data.public import PublicImages
+from fedsim.engine import chunks, lessons, probes
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.lessons import Lesson
 from fedsim.engine.process import start_process
 from fedsim.engine.session import Session
 from fedsim.learning.batches import as_tensor
@@ -66,11 +68,24 @@ class ClientWorker:
         session = self._session(handle)
         return chunks.evaluate(session, self._tensor(weights), self._tensor(statistics), start, stop)
 
+    def learn(
+        self,
+        handle: Handle,
+        weights: Array,
+        public: dict[str, Any],
+        images: PublicImages,
+        job: AttackJob,
+        round_: int,
+    ) -> Lesson:
+        """See `lessons.learn`."""
+        session = self._session(handle)
+        return lessons.learn(session, self._tensor(weights), self._tensors(public), images, job, round_)
+
     def attack(
-        self, handle: Handle, weights: Array, payload: Payload, job: AttackJob
+        self, handle: Handle, weights: Array, payload: Payload, job: AttackJob, learned: Any = None
     ) -> tuple[Reconstruction, Payload]:
         """See `chunks.attack`."""
-        return chunks.attack(self._session(handle), self._tensor(weights), payload, job)
+        return chunks.attack(self._session(handle), self._tensor(weights), payload, job, learned)
 
     def matching_loss(
         self, handle: Handle, weights: Array, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor

@@ -95,7 +95,7 @@ class Sweep:
                 self.datasets[key] = load_dataset(config.data, self.data_dir)
             if _kind(config) not in prepared:
                 prepared.add(_kind(config))
-                prepare(config, self.datasets[key])
+                prepare(config, self.datasets[key], self.data_dir)
         self.widest = max(_workers(self._example(point).runtime) for point in samples)
 
     def _example(self, point: Point) -> ExperimentConfig:
@@ -183,6 +183,7 @@ class Sweep:
             parent_run,
             {key: [ray.put(dataset)] for key, dataset in self.datasets.items()},
             [os.getcwd(), *sys.path],
+            self.data_dir and self.data_dir.resolve(),
         )
         # Tune sends it to every trial's process: it must not hold the sweep itself.
         reserve = partial(_reserve, self.config)

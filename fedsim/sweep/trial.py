@@ -42,6 +42,7 @@ class TrialContext:
         parent_run: The sweep's own MLflow run.
         data: Each data set by its key, as an object-store reference in a list, so that Ray leaves it be.
         sys_path: Where users' modules lie.
+        data_dir: Where the data sets of public images lie, absolute.
     """
 
     config: SweepConfig
@@ -50,6 +51,7 @@ class TrialContext:
     parent_run: str | None
     data: Mapping[str, Sequence[Any]]
     sys_path: Sequence[str]
+    data_dir: Path | None = None
 
     def run_folder(self, name: str) -> Path:
         """Return the folder of one simulation."""
@@ -94,6 +96,7 @@ def _simulate(
     simulation = Simulation(
         config,
         output=folder,
+        data_dir=context.data_dir,
         dataset=dataset,
         runtime=runtime,
         tracker=tracker,

@@ -1,0 +1,63 @@
+"""What a worker computes before an attack: what the attack learns from public images. No Ray here."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedsim.attacks.learning import LearningContext
+from fedsim.attacks.strategies import REPEATED
+from fedsim.data.public import PublicImages
+from fedsim.defenses.base import Public
+from fedsim.engine.chunks import AttackJob
+from fedsim.engine.session import Session
+from fedsim.learning.batches import ImageStore
+from fedsim.privacy.observation import Knowledge
+from fedsim.randomness import Purpose, numpy_stream
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one attack has learned.
+
+    Attributes:
+        learned: What `Attack.learn` returned.
+        seconds: Time it took.
+    """
+
+    learned: Any
+    seconds: float
+
+
+def learn(
+    session: Session, weights: Tensor, public: Public, images: PublicImages, job: AttackJob, round_: int
+) -> Lesson:
+    """Let the attack of `job` learn at `weights` [d], the global weights before `round_`.
+
+    It gets no payload, and of the job nothing that depends on a victim: the same for any victims and shards.
+    """
+    start = time.perf_counter()
+    learned = (
+        session.spec.config.attacks[job.attack]
+        .build()
+        .learn(
+            LearningContext(
+                model=session.model,
+                weights=weights,
+                public=ImageStore.of(images.images, images.labels, session.device),
+                batch_size=job.batch_size,
+                seed=int(numpy_stream(session.spec.config.seed, Purpose.LEARNING, round_).integers(2**62)),
+                knowledge=_knowledge(session, weights, public) if job.adversary != "naive" else None,
+                rounds=session.spec.config.audit.observations if job.strategy in REPEATED else 1,
+                local=job.local,
+            )
+        )
+    )
+    return Lesson(learned, time.perf_counter() - start)
+
+
+def _knowledge(session: Session, weights: Tensor, public: Public) -> Knowledge:
+    """Return what is known of the defense before any victim has sent anything."""
+    config = session.spec.config
+    return Knowledge(config.defense, public, {}, weights.new_zeros(0, 0, len(weights)), config.audit.parameters)
