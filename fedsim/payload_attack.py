@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from fedsim import environment
 from fedsim.attacks.base import Attack
+from fedsim.attacks.learning import LearningContext
+from fedsim.data.public import load_public
 from fedsim.errors import ConfigError
 from fedsim.learning import batch_norm
+from fedsim.learning.batches import ImageStore
 from fedsim.learning.models import Model, build_model
 from fedsim.payload_config import InputScale, PayloadAttackConfig
 from fedsim.privacy import audit, metrics
@@ -42,6 +46,7 @@ class CheckedPayload:
         observation: What the attack gets.
         truth: The private images [1, B, C, H, W] and labels [1, B], for scoring; None if they were not given.
         fingerprint: SHA-256 of the files' tensors, in hexadecimal.
+        public: What an attack that learns learns from; None for the others.
     """
 
     config: PayloadAttackConfig
@@ -49,6 +54,7 @@ class CheckedPayload:
     observation: Observation
     truth: audit.GroundTruth | None
     fingerprint: str
+    public: ImageStore | None = None
 
     def describe(self) -> str:
         """Return one line that says what is about to be attacked."""
@@ -91,7 +97,24 @@ def check_payload(
     for name, entries in sorted(payload.sections.items()):
         for key, value in sorted(entries.items()):
             digest.update(f"{name}.{key}".encode() + value.contiguous().numpy().tobytes())
-    return CheckedPayload(config, attack, observation, given, digest.hexdigest())
+    return CheckedPayload(config, attack, observation, given, digest.hexdigest(), _public(config, given))
+
+
+def _public(config: PayloadAttackConfig, truth: audit.GroundTruth | None) -> ImageStore | None:
+    """Load the images that the attack learns from, without those that are among the true ones."""
+    source = config.attack.public_source
+    if source is None:
+        return None
+    if source == "test":
+        raise ConfigError(
+            f"attack.public: a payload has no test images; name a data set for {config.attack.name} to learn from"
+        )
+    images, labels = load_public(source, config.shape, config.classes)
+    if truth is not None:
+        private = {image.tobytes() for image in audit.as_bytes(truth.images.flatten(0, 1))}
+        free = np.array([image.tobytes() not in private for image in images], dtype=bool)
+        images, labels = images[free], labels[free]
+    return ImageStore.of(images, labels)
 
 
 def _observe(config: PayloadAttackConfig, payload: PayloadFile, model: Model) -> Observation:
@@ -219,7 +242,14 @@ class PayloadResult:
 
 def attack_payload(checked: CheckedPayload) -> PayloadResult:
     """Attack a checked payload; score the outcome if the truth is known."""
-    found = checked.attack.reconstruct(checked.observation).cpu()
+    attack, seen = checked.attack, checked.observation
+    if checked.public is not None:
+        seed = int(numpy_stream(checked.config.seed, Purpose.LEARNING).integers(2**62))
+        context = LearningContext(
+            seen.model, seen.weights, checked.public, seen.batch_size, seed=seed, local=seen.local
+        )
+        attack = attack.taught(attack.learn(context))
+    found = attack.reconstruct(seen).cpu()
     return PayloadResult(found, pd.DataFrame(_rows(checked, found)))
 
 

@@ -58,7 +58,7 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
         for attack in config.attacks:
             attack.check(model, size)
     sources = {source for attack in config.attacks if (source := attack.public_source)}
-    public = {source: public_images(source, config.data, dataset, data_dir) for source in sorted(sources)}
+    public = {source: public_images(source, dataset, data_dir) for source in sorted(sources)}
     return Prepared(dataset, spec, victims, public)
 
 

@@ -30,7 +30,8 @@ def principal_directions(rows: Tensor, rank: int, generator: torch.Generator) ->
     basis = torch.linalg.qr(rows @ draws).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(rows @ torch.linalg.qr(rows.T @ basis).Q).Q
-    return torch.linalg.svd(basis.T @ rows, full_matrices=False).Vh[:rank].T.contiguous()
+    directions: Tensor = torch.linalg.svd(basis.T @ rows, full_matrices=False).Vh[:rank].T.contiguous()
+    return directions
 
 
 def shared_ranks(sizes: Sequence[int], total: int) -> list[int]:
@@ -47,7 +48,7 @@ class GradientFeatures(nn.Module):
 
     A block is a range of entries that are defended alike. Its leftover is the logarithm of the root-mean-square
     that its components do not explain: small for what an image alone gives, large where there is noise, so that a
-    network can tell which blocks to believe.
+    network can tell which blocks to believe. It is 0 where the components are a block's whole.
     """
 
     def __init__(
@@ -63,7 +64,10 @@ class GradientFeatures(nn.Module):
             directions = principal_directions(centred, rank, generator)
             self.register_buffer(f"directions{number}", directions)
             self.widths.append(directions.shape[1])
-        self.register_buffer("scale", torch.ones(sum(self.widths), device=gradients.device))
+        signal = self.raw(gradients)[0].square().mean(0)
+        self.register_buffer("signal", signal)
+        self.register_buffer("scale", torch.ones_like(signal))
+        self.register_buffer("gain", torch.ones_like(signal))
         self.register_buffer("level", torch.zeros(len(blocks), device=gradients.device))
         self.register_buffer("spread", torch.ones(len(blocks), device=gradients.device))
 
@@ -71,10 +75,14 @@ class GradientFeatures(nn.Module):
         """Set the scales from the raw components [m, r] and leftovers [m, n] of what the server would see.
 
         The components' scale comes from their lower quartile: that of the draws that noise has spared, if any are.
+        Each is then weighed by the share of its square that undefended gradients explain, as a Wiener filter does:
+        what is all noise would only be learned by heart.
         """
         quarter = components.abs().kthvalue(max(1, len(components) // 4), 0).values / QUARTILE
         largest = quarter.max().clamp_min(torch.finfo(quarter.dtype).tiny)
-        self.get_buffer("scale").copy_(torch.where(quarter > 1e-12 * largest, quarter, largest))
+        scale = torch.where(quarter > 1e-12 * largest, quarter, largest)
+        self.get_buffer("scale").copy_(scale)
+        self.get_buffer("gain").copy_((self.get_buffer("signal") / scale.square()).clamp(max=1))
         self.get_buffer("level").copy_(leftovers.mean(0))
         self.get_buffer("spread").copy_(leftovers.std(0).clamp_min(LEAST_SPREAD))
 
@@ -84,9 +92,12 @@ class GradientFeatures(nn.Module):
         for number, block in enumerate(self.blocks):
             centred = gradients[:, block] - self.get_buffer("mean")[block]
             found = centred @ self.get_buffer(f"directions{number}")
-            open_ = (centred.square().sum(1) - found.square().sum(1)) / (block.stop - block.start)
             components.append(found)
-            # Squares of float32 differ by rounding where components explain all.
+            if found.shape[1] == centred.shape[1]:
+                leftovers.append(torch.zeros_like(found[:, 0]))
+                continue
+            open_ = (centred.square().sum(1) - found.square().sum(1)) / (block.stop - block.start)
+            # Squares of float32 differ by rounding where components explain nearly all.
             floor = 1e-10 * centred.square().mean(1) + 1e-30
             leftovers.append(torch.maximum(open_, floor).log() / 2)
         return torch.cat(components, 1), torch.stack(leftovers, 1)
@@ -94,7 +105,9 @@ class GradientFeatures(nn.Module):
     def scaled(self, components: Tensor, leftovers: Tensor) -> tuple[Tensor, Tensor]:
         """Standardise raw features."""
         standard = (components / self.get_buffer("scale")).clamp(-LIMIT, LIMIT)
-        return standard, (leftovers - self.get_buffer("level")) / self.get_buffer("spread")
+        return standard * self.get_buffer("gain"), (leftovers - self.get_buffer("level")) / self.get_buffer(
+            "spread"
+        )
 
     def forward(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""

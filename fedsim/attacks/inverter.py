@@ -47,7 +47,7 @@ class InverterConfig(AttackSettings):
     """Steps of training, at most."""
     batch: int = Field(default=128, ge=1)
     """Gradients a step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Largest step size of AdamW."""
 
     @model_validator(mode="after")

@@ -45,9 +45,9 @@ class InverterNetwork(nn.Module):
             self.images = nn.Linear(width, pixels)
             self.labels = nn.Linear(width, batch_size * classes)
         with torch.no_grad():
-            # A block with more left over than usual is noisy: it starts closed.
+            # A block with much more left over than usual is noisy: it starts closed, the others open.
             self.gate.weight.copy_(-6 * torch.eye(blocks))
-            self.gate.bias.zero_()
+            self.gate.bias.fill_(3)
             self.linear.weight.zero_()
             self.linear.bias.copy_(mean.flatten().repeat(batch_size))
         self.register_buffer("widths", torch.tensor(features.widths))

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fedsim.data.datasets import (
     CIFAR10Config,
     Dataset,
-    DatasetConfig,
     DigitsConfig,
     FashionMNISTConfig,
     MNISTConfig,
@@ -21,6 +20,8 @@ from fedsim.errors import ConfigError
 
 PublicSource = Literal["test", "digits", "mnist", "fashion_mnist", "cifar10"]
 """Where public images come from: the test images of the clients' own data set, or all images of another one."""
+
+SHAPES = ("1x28x28", "3x32x32")
 
 _CONFIGS: dict[str, type[DigitsConfig | MNISTConfig | FashionMNISTConfig | CIFAR10Config]] = {
     "digits": DigitsConfig,
@@ -53,18 +54,15 @@ class PublicImages:
         return cls(images, labels, digest.hexdigest())
 
 
-def public_images(
-    source: PublicSource, data: DatasetConfig, dataset: Dataset, data_dir: Path | None = None
-) -> PublicImages:
+def public_images(source: PublicSource, dataset: Dataset, data_dir: Path | None = None) -> PublicImages:
     """Return the public images beside a data set that clients train on.
 
     An image that equals a training image byte for byte is left out, whichever data set it comes from: what any
     client might hold is not public.
 
     Args:
-        source: Where from; all images of a named data set, brought to the shape that `data` asks for.
-        data: The clients' data set, as configured.
-        dataset: The same, loaded.
+        source: Where from; see `load_public` for what becomes of another data set's images.
+        dataset: The clients' data set.
         data_dir: See `load_dataset`.
 
     Raises:
@@ -74,7 +72,7 @@ def public_images(
     if source == "test":
         images, labels = dataset.test_images, dataset.test_labels
     else:
-        images, labels = load_public(source, dataset.shape, dataset.classes, data.shape, data_dir)
+        images, labels = load_public(source, dataset.shape, dataset.classes, data_dir)
     held = {image.tobytes() for image in dataset.train_images}
     free = np.array([image.tobytes() not in held for image in images], dtype=bool)
     if not free.any():
@@ -86,15 +84,17 @@ def load_public(
     source: PublicSource,
     shape: tuple[int, int, int],
     classes: int,
-    wanted: Literal["native", "1x28x28", "3x32x32"] = "native",
     data_dir: Path | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Load all images [P, C, H, W] and labels [P] of a data set for a model of `shape` and `classes`.
 
+    They are brought to 1×28×28 or 3×32×32, as the settings of data sets offer, where the model takes that.
+
     Raises:
         ConfigError: If it cannot be loaded or does not fit the model.
     """
-    found = load_dataset(_CONFIGS[source](shape=wanted), data_dir)
+    wanted = "x".join(map(str, shape))
+    found = load_dataset(_CONFIGS[source](shape=wanted if wanted in SHAPES else "native"), data_dir)
     if found.shape != shape:
         raise ConfigError(f"public: {source} has images of {list(found.shape)}, the model takes {list(shape)}")
     if found.classes > classes:

@@ -1,5 +1,6 @@
 """One simulation on the engine: rounds, evaluations, probes and attacks, as calls on the pool and the server."""
 
+import hashlib
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -167,14 +168,30 @@ class Federation:
     def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float]:
         """Let the attack of `job` learn from public images at the present weights, once for all its victims.
 
+        What the naive adversary learns is the same under every defense: it is kept for other simulations.
+
         Returns:
             A reference to what it has learned, for `attack`, and the seconds that it took.
         """
+        key = self._lesson_key(job, round_, images)
+        if job.adversary == "naive" and key in self.runtime.lessons:
+            return self.runtime.lessons[key], 0.0
         shared = self.runtime.put(images.fingerprint, images)
         calls = [(self._handle, self._output.weights, self._output.public, shared, job, round_)]
         lesson: Lesson = self._gather("learn", calls, "an attack's learning")[0]
         # Owned by the driver, so that it outlives the worker that made it.
-        return ray.put(lesson.learned), lesson.seconds
+        reference = ray.put(lesson.learned)
+        if job.adversary == "naive":
+            self.runtime.lessons[key] = reference
+        return reference, lesson.seconds
+
+    def _lesson_key(self, job: AttackJob, round_: int, images: PublicImages) -> str:
+        """Return a digest of all that an attack by who knows of no defense learns from, whatever the defense."""
+        config = self.spec.config
+        parts = (config.seed, config.model, config.attacks[job.attack], job.batch_size, job.local, round_)
+        digest = hashlib.sha256(repr((*parts, images.fingerprint)).encode())
+        digest.update(self.weights().tobytes())
+        return digest.hexdigest()
 
     def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers.

@@ -32,7 +32,7 @@ class ImageStore:
     labels: Tensor
 
     @classmethod
-    def of(cls, images: NDArray[np.uint8], labels: Indices, device: torch.device | str) -> "ImageStore":
+    def of(cls, images: NDArray[np.uint8], labels: Indices, device: torch.device | str = "cpu") -> "ImageStore":
         """Wrap arrays, without a copy on a CPU: they may lie read-only in Ray's object store."""
         return cls(as_tensor(images, device), as_tensor(labels, device))
 
