@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.attacks.learning import LearningContext
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
@@ -88,6 +89,19 @@ def test_an_observation_has_no_room_for_ground_truth() -> None:
         "public",
         "secrets",
         "trust",
+    }
+
+
+def test_what_an_attack_learns_from_has_no_room_for_victims() -> None:
+    assert {field.name for field in fields(LearningContext)} == {
+        "model",
+        "weights",
+        "public",  # images that equal no training image: tests/data/test_public.py
+        "batch_size",
+        "seed",
+        "knowledge",  # without secrets and repeats: tests/engine/test_lessons.py
+        "rounds",
+        "local",
     }
 
 

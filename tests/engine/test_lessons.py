@@ -1,0 +1,94 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.data.datasets import DigitsConfig, load_dataset
+from fedsim.engine import lessons
+from fedsim.engine.chunks import AttackJob
+from fedsim.engine.federation import Federation
+from fedsim.engine.runtime import Runtime
+from fedsim.engine.server import ServerSession
+from fedsim.engine.session import Session
+from fedsim.errors import ConfigError
+from fedsim.preparation import Prepared, prepare
+from fedsim.simulation import Simulation
+from tests.conftest import small_experiment
+
+INVERTER = {"name": "inverter", "images": 60, "steps": 10, "draws": 2, "width": 16, "components": 20}
+AUDIT = {"victims": 5, "adversaries": ["naive", "adaptive", "oracle"], "observations": 2}
+DEFENSE = {"name": "graddefense", "sigma": 0.5}
+
+
+def prepared(**changes: Any) -> Prepared:
+    settings: dict[str, Any] = {"attacks": [INVERTER], "audit": AUDIT, "defense": DEFENSE} | changes
+    return prepare(small_experiment(**settings), load_dataset(DigitsConfig()))
+
+
+def test_no_image_of_a_victim_is_public() -> None:
+    ready = prepared()
+    public = {image.tobytes() for image in ready.public["test"].images}
+    for victims in ready.victims.values():
+        for victim in victims:
+            assert not public & {ready.dataset.train_images[index].tobytes() for index in victim.images}
+
+
+@pytest.mark.parametrize(
+    ("adversary", "strategy", "knows", "rounds"),
+    [("naive", "", False, 1), ("adaptive", "simulated", True, 1), ("adaptive", "simulated_average", True, 2)],
+)
+def test_who_knows_the_defense_learns_through_it(
+    monkeypatch: pytest.MonkeyPatch, adversary: Any, strategy: str, knows: bool, rounds: int
+) -> None:
+    ready = prepared()
+    server = ServerSession(ready.spec, ready.dataset)
+    server.prepare(0)
+    seen: list[Any] = []
+    monkeypatch.setattr("fedsim.attacks.inverter.Inverter.learn", lambda self, context: seen.append(context))
+    session = Session(ready.spec, ready.dataset, torch.device("cpu"))
+    job = AttackJob(0, 1, None, (1, 2), adversary, strategy)
+    lessons.learn(session, server.optimizer.weights, server.public, ready.public["test"], job, 0)
+    (context,) = seen
+    assert (context.knowledge is not None) == knows and context.rounds == rounds
+    if knows:
+        assert not context.knowledge.secrets and context.knowledge.repeats.numel() == 0
+        assert torch.equal(context.knowledge.public["slice_bounds"], server.public["slice_bounds"])
+
+
+@pytest.mark.ray
+def test_each_adversary_learns_once_and_shards_change_no_bit(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[AttackJob] = []
+    once = Federation.learn
+
+    def counted(self: Federation, job: AttackJob, *others: Any) -> Any:
+        learned.append(job)
+        return once(self, job, *others)
+
+    monkeypatch.setattr(Federation, "learn", counted)
+    found = []
+    for shard in (2, 5):
+        audit = AUDIT | {"victims_per_shard": shard}
+        config = small_experiment(attacks=[INVERTER], audit=audit, defense=DEFENSE, federation={"rounds": 1})
+        result = Simulation(config, runtime=runtime).run()
+        found.append([(one.adversary, one.strategy, one.reconstructions) for one in result.audits])
+    names = [("naive", ""), ("adaptive", "simulated"), ("adaptive", "simulated_average")]
+    assert [(job.adversary, job.strategy) for job in learned] == 2 * names
+    assert [one[:2] for one in found[0]] == names
+    for few, many in zip(*found, strict=True):
+        assert few[:2] == many[:2] and np.array_equal(few[2], many[2])
+
+
+def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_starts() -> None:
+    with pytest.raises(
+        ConfigError, match="audit.parameters: inverter simulates the defense, which takes `public`"
+    ):
+        prepared(audit=AUDIT | {"parameters": "estimated"})
+    with pytest.raises(ConfigError, match="public: cifar10|cifar10"):
+        prepare(
+            small_experiment(attacks=[INVERTER | {"public": "cifar10"}]),
+            load_dataset(DigitsConfig()),
+            data_dir=None,
+        )
