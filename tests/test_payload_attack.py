@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.cli import run
+from fedsim.data.datasets import DigitsConfig, load_dataset
 from fedsim.learning.models import LeNetConfig, build_model
 from fedsim.payload_attack import attack_payload, check_payload
 from fedsim.payload_config import parse_payload_config
@@ -213,3 +214,25 @@ def test_an_update_needs_the_learning_rate_and_must_be_one(
     command = ["attack", str(tmp_path / "same.pt"), "--after", str(tmp_path / "same.pt"), *LENET, "labels=[1]"]
     assert "learning_rate" in fails(command, capsys)
     assert "holds no update" in fails([*command, "learning_rate=0.1"], capsys)
+
+
+def test_an_inverter_learns_from_a_named_data_set_without_the_true_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = load_dataset(DigitsConfig())
+    model = build_model(LeNetConfig(), digits.shape, 10, seed=0).module
+    x, y = torch.from_numpy(digits.train_images[:1].copy()) / 255, torch.from_numpy(digits.train_labels[:1])
+    F.cross_entropy(model(x), y).backward()
+    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
+    path = tmp_path / "digit.pt"
+    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": y, "images": x}, path)
+    small = {"name": "inverter", "public": "digits", "images": 200, "steps": 20, "width": 16, "components": 20}
+    checked = check_payload(parse_payload_config({"shape": list(digits.shape), "attack": small}), path)
+    assert checked.public is not None and len(checked.public.labels) == 1796
+    assert not (checked.public.images == (x * 255).to(torch.uint8)).flatten(1).all(1).any()
+    once, again = attack_payload(checked), attack_payload(checked)
+    assert torch.equal(once.found.images, again.found.images) and once.images["PSNR"].notna().all()
+    command = ["attack", str(path), "--model", "lenet", "--shape", "1x28x28", "--attack", "inverter"]
+    assert "attack.public: a payload has no test images" in fails(command, capsys)
+    wrong = ["attack", str(payload(tmp_path / "one.pt")), *LENET, "--attack", "inverter", "attack.public=digits"]
+    assert "public: digits has images of [1, 28, 28], the model takes [1, 12, 12]" in fails(wrong, capsys)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,7 @@ class PublicImages:
         return cls(images, labels, digest.hexdigest())
 
 
+@lru_cache(maxsize=2)
 def public_images(source: PublicSource, dataset: Dataset, data_dir: Path | None = None) -> PublicImages:
     """Return the public images beside a data set that clients train on.
 

@@ -15,7 +15,7 @@ from fedsim.attacks.distances import (
 )
 from fedsim.attacks.gia import GIAConfig
 from fedsim.privacy.metrics import score
-from tests.attacks.problems import balanced, cosine, lenet, observe, rand, squared, victims
+from tests.attacks.problems import balanced, cosine, generator, lenet, observe, rand, squared, victims
 
 SIZES = (5, 3, 4)
 BOUNDS = (0, 2, 7, 7, 12)
@@ -139,3 +139,17 @@ def test_gia_finds_images_by_it(objective):
     torch.testing.assert_close(found.loss, at_found, rtol=1e-2, atol=0)
     plain = GIAConfig().build().matching_loss(observation, found.images, labels)
     assert ((at_found / plain).log().abs() > 0.1).all()
+
+
+def test_the_expectation_over_noise_on_the_dummy_moves_the_squared_error_by_a_constant() -> None:
+    """E‖g + n − t‖² = ‖g − t‖² + d·σ²: there is nothing to gain from noise on the dummy gradient."""
+    target, draws, sigma = rand(1, 12, seed=1), 40000, 0.3
+    error = SquaredError(Targets(target, (12,)), relative=False)
+    victims_of = torch.zeros(draws, dtype=torch.long)
+    for seed in (2, 3):
+        guess = rand(1, 12, seed=seed)
+        noise = sigma * torch.randn(draws, 12, generator=generator(seed))
+        losses, slopes = error(guess + noise, victims_of)
+        plain, slope = error(guess.clone(), victims_of[:1])
+        assert float(losses.mean() - plain) == pytest.approx(12 * sigma**2, rel=0.02)
+        torch.testing.assert_close(slopes.mean(0, keepdim=True), slope, atol=0.02, rtol=0)
