@@ -164,6 +164,9 @@ class Inverter(Attack):
         """See `Attack`."""
         if self.learned is None:
             raise ConfigError("inverter has learned nothing: it needs public images")
+        for victim, finite in enumerate(torch.isfinite(observation.gradients).all(1).tolist()):
+            if not finite:
+                raise ConfigError(f"the gradient of victim {victim} holds values that are not finite")
         began = time.perf_counter()
         learned, device = self.learned, observation.weights.device
         images, logits = learned.network.to(device)(observation.gradients.to(observation.weights))
