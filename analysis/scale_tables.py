@@ -170,11 +170,10 @@ def _held_out(points: dict[str, list[Point]]) -> Section:
 def _cluster(table: pd.DataFrame, config: ScaleConfig, models: dict[str, CostModel]) -> Section:
     weights = float(table["weights_bytes"].iloc[0])
     network = Network(weights, weights, BYTES_PER_SECOND, WORKERS_PER_NODE)
-    runtime = config.experiment.runtime.model_copy(update={"clients_per_chunk": config.widths[0]})
     rows = []
     for defense, model in models.items():
         for clients in sorted({max(config.clients), LARGE}):
-            width = min(clients, runtime.chunk_width(clients))
+            width = config.chunk_width(clients, config.widths[0])
             for one in extrapolate(model, network, clients, width, config.cluster):
                 workers = one.point.workers
                 rows.append(

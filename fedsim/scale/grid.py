@@ -14,6 +14,7 @@ from fedsim.config import ExperimentConfig, merged, parse_config
 from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import Partition
 from fedsim.engine.session import SessionSpec
+from fedsim.environment import local_device
 from fedsim.errors import ConfigError
 from fedsim.randomness import Purpose, numpy_stream
 from fedsim.schema import Schema, explain
@@ -128,10 +129,14 @@ class ScaleConfig(Schema):
     def _cells(self, pairs: Sequence[tuple[int, int]], widths: Sequence[Width]) -> Iterator[Cell]:
         for clients, workers in pairs:
             for width in widths:
-                runtime = self.experiment.runtime.model_copy(update={"clients_per_chunk": width})
-                chunk = min(clients, runtime.chunk_width(clients))
                 for defense in self.defenses:
-                    yield Cell(clients, workers, chunk, defense)
+                    yield Cell(clients, workers, self.chunk_width(clients, width), defense)
+
+    def chunk_width(self, clients: int, width: Width) -> int:
+        """Return the clients a chunk of a cohort, given an entry of `widths`."""
+        runtime = self.experiment.runtime.model_copy(update={"clients_per_chunk": width})
+        experiment = self.experiment.model_copy(update={"runtime": runtime})
+        return experiment.chunk_width(clients, local_device())
 
     def experiment_at(self, cell: Cell) -> ExperimentConfig:
         """Return the simulation behind a cell: its whole population is its cohort."""
