@@ -11,14 +11,25 @@ LEAST_CLIENTS = 16
 
 
 def split_evenly(clients: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
-    """Split a cohort into chunks of at most `width` clients; their number is a power of two where it can be.
+    """Split a cohort into `chunk_count` chunks whose sizes differ by one at most."""
+    count = chunk_count(len(clients), width)
+    bounds = [number * len(clients) // count for number in range(count + 1)]
+    return [clients[start:stop] for start, stop in pairwise(bounds)]
+
+
+def chunk_count(clients: int, width: int) -> int:
+    """Return how many chunks of at most `width` clients a cohort is: a power of two, where it has so many clients.
 
     Neighbours in the tree then have equally many clients, but for one, so that workers get even shares.
     """
-    least = -(-len(clients) // width)
-    count = min(len(clients), 2 * power_of_two(least - 1) if least > 1 else 1)
-    bounds = [number * len(clients) // count for number in range(count + 1)]
-    return [clients[start:stop] for start, stop in pairwise(bounds)]
+    least = -(-clients // width)
+    return min(clients, 2 * power_of_two(least - 1) if least > 1 else 1)
+
+
+def call_count(chunks: int, width: int, workers: int) -> int:
+    """Return in how many blocks a `Dealer` deals so many chunks when no worker is lost."""
+    dealer = Dealer(chunks, width)
+    return sum(1 for _ in iter(lambda: dealer.next(workers), None))
 
 
 class Dealer:

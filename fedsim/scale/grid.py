@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedsim.config import ExperimentConfig, merged, parse_config
 from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import Partition
+from fedsim.engine.dealing import call_count, chunk_count
 from fedsim.engine.session import SessionSpec
 from fedsim.environment import local_device
 from fedsim.errors import ConfigError
@@ -44,7 +45,7 @@ class Cell:
     Attributes:
         clients: Clients a round.
         workers: Worker processes.
-        clients_per_chunk: Clients that a worker trains as one unit of work.
+        clients_per_chunk: Most clients that are one unit of work.
         defense: Name of the defense.
     """
 
@@ -56,7 +57,12 @@ class Cell:
     @property
     def chunks(self) -> int:
         """Chunks a round."""
-        return -(-self.clients // self.clients_per_chunk)
+        return chunk_count(self.clients, self.clients_per_chunk)
+
+    @property
+    def calls(self) -> int:
+        """Blocks of chunks, a call of a worker each."""
+        return call_count(self.chunks, self.clients_per_chunk, self.workers)
 
     @property
     def title(self) -> str:
@@ -215,7 +221,7 @@ class Workload:
 
     @cached_property
     def weights_bytes(self) -> int:
-        """Size of the global weights, and about that of a chunk's sum."""
+        """Size of the global weights, and about that of a call's sum."""
         config = self.config
         return 4 * self.spec(config.cells()[0]).build_model(self.dataset).layout.dimension
 
@@ -228,4 +234,4 @@ class Workload:
 
 def describe(cell: Cell) -> dict[str, Any]:
     """Return the cell as the first columns of its row."""
-    return {**asdict(cell), "chunks": cell.chunks}
+    return {**asdict(cell), "chunks": cell.chunks, "calls": cell.calls}
