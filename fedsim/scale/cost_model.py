@@ -2,8 +2,8 @@
 
     T = fixed + per_client · clients of the busiest worker + per_call · calls
 
-Local training and the defense's client half run side by side on the workers; drawing the cohort, handing out blocks
-of chunks, adding their sums and the server's step do not. Workers beyond the cores share these.
+Local training and the defense's client half run side by side on the workers; drawing the cohort, dealing blocks of
+chunks, adding their sums and the server's step do not. Workers beyond the cores share these.
 """
 
 from collections.abc import Iterable, Sequence
