@@ -24,7 +24,7 @@ from fedsim.learning.training import Execution
 from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
-EVALUATION_SHARD = 2000
+EVALUATION_SHARD = 1000
 """Test images that a worker evaluates at a time; fixed, so that no result depends on the workers."""
 
 SERVER_RESTARTS = 20
