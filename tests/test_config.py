@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fedsim.config import ExperimentConfig, load_config, merged, parse_config, parse_overrides
@@ -27,6 +28,8 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
         (["federation.clients=5"], ["federation", "clients_per_round is 10", "5 clients"]),
         (["federation.over_sampling=11"], ["federation", "over_sampling asks for 110", "there are 100"]),
         (["federation.dropout=1"], ["federation.dropout", "less than 1"]),
+        (["runtime={precision: bfloat16, execution: fused}"], ["runtime", "bfloat16 needs execution: loop"]),
+        (["runtime.execution=fused", "federation.local_steps=2"], ["runtime.execution", "one local step only"]),
         (
             ["federation.stragglers={name: gauss}"],
             ["federation.stragglers: unknown name", "exponential, lognormal"],
@@ -99,6 +102,10 @@ def test_the_fingerprint_tells_what_can_change_a_result() -> None:
 
 
 def test_a_chunk_is_never_wider_than_asked_and_does_not_depend_on_workers() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for workers in ("auto", 1, 8):
-        runtime = parse_config({"runtime": {"workers": workers}}).runtime
-        assert [runtime.chunk_width(n) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 16]
+        config = parse_config({"runtime": {"workers": workers}})
+        assert [config.chunk_width(n, cpu) for n in (1, 10, 100, 10_000)] == [1, 2, 4, 16]
+        assert [config.chunk_width(n, gpu) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 16]
+    asked = parse_config({"runtime": {"clients_per_chunk": 30}})
+    assert [asked.chunk_width(n, cpu) for n in (10, 100)] == [10, 30]

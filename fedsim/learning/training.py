@@ -1,9 +1,6 @@
-"""Local training of the clients of one chunk, two ways behind one interface.
+"""Local training of the clients of one chunk: one after the other, or as one `torch.func` computation.
 
-`LoopTrainer` trains one client after the other with ordinary autograd; `VectorizedTrainer` trains all of
-them as one `torch.func` computation. The rule that chooses (`choose_execution`) looks at the device and the
-batch size only, so that the same run always takes the same path. On a CPU at one thread, vectorising pays
-for small batches alone: `benchmarks/engine.py` measures it.
+`fused` has a third way behind the same interface, and `execution` chooses.
 
 An update is in gradient units: the local displacement divided by the local learning rate. With one local
 step it is the gradient of the batch itself, so that a noise level means the same for FedSGD and FedAvg.
@@ -15,17 +12,18 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import ImageStore, Indices
+from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
 
-Execution = Literal["loop", "vectorized"]
-VECTORIZED_BATCH = 8
-"""Largest local batch at which vectorising over clients wins on a CPU."""
+MemoryFormat = Literal["contiguous", "channels_last"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,11 @@ class LocalResult:
             torch.cat([part.statistics for part in parts]),
         )
 
+    def select(self, rows: NDArray[np.int64]) -> "LocalResult":
+        """Return the clients of some rows, in that order."""
+        at = torch.from_numpy(rows)
+        return LocalResult(self.updates[at], self.losses[at], self.statistics[at])
+
 
 class LocalTrainer(Protocol):
     """Trains the clients of a chunk from the same weights."""
@@ -60,80 +63,83 @@ class LocalTrainer(Protocol):
         ...
 
 
-def choose_execution(device: torch.device, batch_size: int) -> Execution:
-    """Return the faster execution for this device and local batch size."""
-    return "vectorized" if device.type == "cuda" or batch_size <= VECTORIZED_BATCH else "loop"
-
-
-def build_trainer(model: Model, data: ImageStore, learning_rate: float, execution: Execution) -> LocalTrainer:
-    """Return the trainer of the wanted execution; on a GPU it makes do with the memory that there is."""
-    kind = LoopTrainer if execution == "loop" else VectorizedTrainer
-    trainer = kind(model, data, learning_rate)
-    return HalvingTrainer(trainer) if data.images.is_cuda else trainer
-
-
-class HalvingTrainer:
-    """Trains a chunk in two halves, and these likewise, when the memory of the device runs out."""
-
-    def __init__(self, trainer: LocalTrainer) -> None:
-        """Train by `trainer`."""
-        self.trainer = trainer
-
-    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
-        """See `LocalTrainer.train`; a single client that does not fit raises torch.OutOfMemoryError."""
-        try:
-            return self.trainer.train(weights, schedules)
-        except torch.OutOfMemoryError:
-            if len(schedules) == 1:
-                raise
-        # Outside the except block, where the failed attempt's tensors are no longer held by its traceback.
-        torch.cuda.empty_cache()
-        middle = len(schedules) // 2
-        return LocalResult.join([self.train(weights, half) for half in (schedules[:middle], schedules[middle:])])
-
-
 class LoopTrainer:
-    """One client after the other, on a private copy of the module whose parameters are views of one vector."""
+    """One client after the other, on a private copy of the module whose parameters are views of one vector.
 
-    def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
-        """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
+    That vector holds each parameter as it lies in memory: channels-last filters in the order O, H, W, I.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: ImageStore,
+        learning_rate: float,
+        memory_format: MemoryFormat = "contiguous",
+        precision: Precision = "float32",
+    ) -> None:
+        """Prepare the flat weights and gradients; `learning_rate` is the clients'.
+
+        With the precision bfloat16 kernels compute in it where PyTorch's autocast allows; weights stay float32.
+        """
         self.module = copy.deepcopy(model.module).train()
         self.normalizers = tuple(batch_norm.layers(self.module))
         self.data, self.learning_rate = data, learning_rate
+        self.channels_last, self.autocast = memory_format == "channels_last", precision == "bfloat16"
         device = data.images.device
         self.weights = torch.zeros(model.layout.dimension, device=device)
         self.gradient = torch.zeros_like(self.weights)
-        views = zip(
+        positions = torch.arange(model.layout.dimension, device=device)
+        self.order = torch.empty_like(positions)
+        stored = zip(
             self.module.parameters(),
-            model.layout.views(self.weights).values(),
-            model.layout.views(self.gradient).values(),
+            self._views(model.layout, self.weights),
+            self._views(model.layout, self.gradient),
+            self._views(model.layout, self.order),
+            model.layout.views(positions).values(),
             strict=True,
         )
-        for parameter, value, gradient in views:
+        for parameter, value, gradient, order, position in stored:
             parameter.data, parameter.grad = value, gradient
+            order.copy_(position)
+        self.places = self.order.argsort()
+
+    def _views(self, layout: ParameterLayout, vector: Tensor) -> list[Tensor]:
+        """Return views of a vector [d] in the parameters' shapes, in the memory format."""
+        views = []
+        for part, shape in zip(vector.split(layout.sizes), layout.shapes, strict=True):
+            if self.channels_last and len(shape) == 4:
+                outputs, inputs, height, width = shape
+                views.append(part.view(outputs, height, width, inputs).permute(0, 3, 1, 2))
+            else:
+                views.append(part.view(shape))
+        return views
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`."""
+        start = weights[self.order]
         updates = weights.new_empty(len(schedules), len(weights))
         losses, statistics = [], []
         for row, batches in zip(updates, schedules, strict=True):
-            losses.append(self._train_client(weights, batches, row))
+            losses.append(self._train_client(start, batches, row))
             statistics.append(batch_norm.collect_statistics(self.normalizers, weights).detach())
-        return LocalResult(updates, torch.stack(losses), torch.stack(statistics))
+        return LocalResult(updates[:, self.places], torch.stack(losses), torch.stack(statistics))
 
-    def _train_client(self, weights: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
-        self.weights.copy_(weights)
-        total = weights.new_zeros(())
+    def _train_client(self, start: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
+        self.weights.copy_(start)
+        total = start.new_zeros(())
         for batch in batches:
             images, labels = self.data.take(batch)
+            if self.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             self.gradient.zero_()
-            loss = F.cross_entropy(self.module(images), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = F.cross_entropy(self.module(images), labels)
             loss.backward()
             total += loss.detach()
             if len(batches) > 1:
                 self.weights.add_(self.gradient, alpha=-self.learning_rate)
         if len(batches) > 1:
-            torch.sub(weights, self.weights, out=update).div_(self.learning_rate)
+            torch.sub(start, self.weights, out=update).div_(self.learning_rate)
         else:
             update.copy_(self.gradient)
         return total / len(batches)
