@@ -189,10 +189,9 @@ class ExperimentConfig(Schema):
         rigid = [attack.title for attack in self.attacks if not attack.takes_strategies]
         if rigid and set(self.audit.adversaries) != {"naive"}:
             raise ValueError(f"audit.adversaries: only the naive adversary can use the attack {rigid[0]}")
-        if self.audit.parameters == "estimated" and set(self.audit.adversaries) != {"naive"}:
-            simulating = [attack.title for attack in self.attacks if attack.simulates_defense]
-            if simulating:
-                raise ValueError(f"audit.parameters: {simulating[0]} simulates the defense, which takes `public`")
+        simulating = [attack.title for attack in self.attacks if attack.simulates_defense]
+        if simulating and self.audit.parameters == "estimated" and set(self.audit.adversaries) != {"naive"}:
+            raise ValueError(f"audit.parameters: {simulating[0]} simulates the defense, which takes `public`")
         if self.federation.local_steps != 1:
             if self.runtime.execution == "fused":
                 raise ValueError("runtime.execution: fused is for one local step only (federation.local_steps: 1)")

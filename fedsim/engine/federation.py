@@ -1,6 +1,5 @@
 """One simulation on the engine: rounds, evaluations, probes and attacks, as calls on the pool and the server."""
 
-import hashlib
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.dealing import Dealer, split_evenly
-from fedsim.engine.lessons import Lesson
+from fedsim.engine.lessons import Lesson, naive_key
 from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
@@ -173,7 +172,7 @@ class Federation:
         Returns:
             A reference to what it has learned, for `attack`, and the seconds that it took.
         """
-        key = self._lesson_key(job, round_, images)
+        key = naive_key(self.spec.config, self.weights(), images, job, round_)
         if job.adversary == "naive" and key in self.runtime.lessons:
             return self.runtime.lessons[key], 0.0
         shared = self.runtime.put(images.fingerprint, images)
@@ -185,21 +184,10 @@ class Federation:
             self.runtime.lessons[key] = reference
         return reference, lesson.seconds
 
-    def _lesson_key(self, job: AttackJob, round_: int, images: PublicImages) -> str:
-        """Return a digest of all that an attack by who knows of no defense learns from, whatever the defense."""
-        config = self.spec.config
-        parts = (config.seed, config.model, config.attacks[job.attack], job.batch_size, job.local, round_)
-        digest = hashlib.sha256(repr((*parts, images.fingerprint)).encode())
-        digest.update(self.weights().tobytes())
-        return digest.hexdigest()
-
     def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers.
 
-        Args:
-            payload: What they sent.
-            job: How they are attacked.
-            learned: What `learn` returned for this job, if the attack learns.
+        An attack that learns gets what `learn` returned for the job.
 
         Returns:
             What was found, and the payload as the job's strategy saw it.

@@ -1,13 +1,17 @@
 """What a worker computes before an attack: what the attack learns from public images. No Ray here."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.attacks.learning import LearningContext
 from fedsim.attacks.strategies import REPEATED
+from fedsim.config import ExperimentConfig
 from fedsim.data.public import PublicImages
 from fedsim.defenses.base import Public
 from fedsim.engine.chunks import AttackJob
@@ -55,6 +59,16 @@ def learn(
         )
     )
     return Lesson(learned, time.perf_counter() - start)
+
+
+def naive_key(
+    config: ExperimentConfig, weights: NDArray[np.float32], images: PublicImages, job: AttackJob, round_: int
+) -> str:
+    """Return a digest of all that an attack by who knows of no defense learns from, the same for any defense."""
+    parts = (config.seed, config.model, config.attacks[job.attack], job.batch_size, job.local, round_)
+    digest = hashlib.sha256(repr((*parts, images.fingerprint)).encode())
+    digest.update(weights.tobytes())
+    return digest.hexdigest()
 
 
 def _knowledge(session: Session, weights: Tensor, public: Public) -> Knowledge:
