@@ -9,12 +9,14 @@ from fedsim.attacks.distances import CosineDistance, SquaredError, Targets
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradient_matching import Autodiff, GradientMatching
-from fedsim.attacks.strategies import REPEATED, STRATEGIES, apply, armed, strategies_of
+from fedsim.attacks.inverter import InverterConfig
+from fedsim.attacks.strategies import STRATEGIES, apply, armed, strategies_of
 from fedsim.config import parse_config
 from fedsim.defenses.base import ClientContext, DefenseSettings
 from fedsim.defenses.dp import GaussianConfig, LaplacianConfig
 from fedsim.defenses.gc import GradientCompressionConfig
 from fedsim.defenses.graddefense import GradDefenseConfig
+from fedsim.defenses.none import NoDefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.privacy.metrics import score
 from fedsim.privacy.observation import Knowledge, LocalTraining, Observation
@@ -203,9 +205,15 @@ def test_each_adversary_has_its_strategies() -> None:
     graddefense, gc = GradDefenseConfig(), GradientCompressionConfig()
     assert strategies_of(graddefense, "naive", 4) == ("",)
     assert strategies_of(graddefense, "adaptive", 1) == ("slices", "denoise")
-    assert set(strategies_of(graddefense, "adaptive", 2)) == {"slices", "denoise", *REPEATED}
+    assert set(strategies_of(graddefense, "adaptive", 2)) == {"slices", "denoise", "average", "agreement"}
     assert strategies_of(graddefense, "oracle", 1) == ("told_slices",)
     assert strategies_of(gc, "oracle", 1) == (), "the zeros tell all there is to tell"
+    inverter = InverterConfig()
+    assert strategies_of(gc, "naive", 1, inverter) == ("",)
+    assert strategies_of(gc, "adaptive", 1, inverter) == ("simulated",)
+    assert strategies_of(gc, "adaptive", 2, inverter) == ("simulated", "simulated_average")
+    assert strategies_of(graddefense, "oracle", 2, inverter) == ()
+    assert strategies_of(NoDefenseConfig(), "adaptive", 2, inverter) == (), "there is nothing to simulate"
 
 
 @pytest.mark.parametrize("name", ["none", "graddefense", "gc", "dp_gaussian", "dp_laplacian", "pld"])

@@ -57,6 +57,25 @@ def test_who_knows_the_defense_learns_through_it(
         assert torch.equal(context.knowledge.public["slice_bounds"], server.public["slice_bounds"])
 
 
+def test_what_the_naive_adversary_learns_is_shared_by_defenses_and_nothing_else() -> None:
+    ready, job = prepared(), AttackJob(0, 1, None, (1, 2))
+    weights = np.zeros(5, np.float32)
+
+    def key(at: np.ndarray = weights, job: AttackJob = job, round_: int = 0, **changes: Any) -> str:
+        config = prepared(**changes).spec.config if changes else ready.spec.config
+        return lessons.naive_key(config, at, ready.public["test"], job, round_)
+
+    assert key() == key(defense={"name": "gc"}) == key(job=replace(job, seeds=(7,)))
+    others = {
+        key(weights + 1),
+        key(round_=1),
+        key(job=replace(job, batch_size=2)),
+        key(seed=1),
+        key(attacks=[INVERTER | {"steps": 11}]),
+    }
+    assert len(others | {key()}) == 6
+
+
 @pytest.mark.ray
 def test_each_adversary_learns_once_and_shards_change_no_bit(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
