@@ -27,6 +27,8 @@ class Auditor:
         self.dataset, self.federation = prepared.dataset, federation
         self.folder, self.reporter = folder, reporter
         self.audits: list[AuditResult] = []
+        known = self.config.audit.local_learning_rate == "known"
+        self.rate = self.config.federation.learning_rate if known else None
 
     def reload(self) -> None:
         """Read back what an earlier process has kept."""
@@ -44,6 +46,8 @@ class Auditor:
         if not victims:
             return
         payload = self.federation.probe(round_, victims)
+        if self.rate is None:
+            payload = payload.moved(self.config.federation.learning_rate)
         truth = audit.GroundTruth.of(self._images(), victims)
         for number, adversary, strategy in self._trials():
             if not self._audited(self.config.attacks[number].title, adversary, strategy, round_):
@@ -75,7 +79,7 @@ class Auditor:
             batch_size=truth.labels.shape[1],
             labels=truth.labels.numpy() if settings.knows_labels else None,
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
-            local=LocalTraining(victims[0].steps, self.config.federation.learning_rate),
+            local=LocalTraining(victims[0].steps, self.rate),
             adversary=adversary,
             strategy=strategy,
         )

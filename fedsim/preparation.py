@@ -47,6 +47,8 @@ def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
     for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
         for attack in config.attacks:
             attack.check(model, size)
+            if config.audit.local_learning_rate == "estimated":
+                attack.check_unknown_rate()
     return Prepared(dataset, spec, victims)
 
 

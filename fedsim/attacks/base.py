@@ -85,6 +85,13 @@ class AttackSettings(Schema):
             ConfigError: If it does not.
         """
 
+    def check_unknown_rate(self) -> None:
+        """See that the attack can do without the local learning rate, before any work starts.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
     def build(self) -> Attack:
         """Return the attack."""
         raise NotImplementedError

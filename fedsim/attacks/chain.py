@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fedsim.attacks.patches import ConvolutionRows, Cutter, LinearRows
 from fedsim.learning.models import Model
 
-Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps v [M, d] to vᵀ∂g/∂images [M, B, C, H, W] and vᵀ∂g/∂probabilities [M, B, classes]."""
+Pullback = Callable[[Tensor], tuple[Tensor, ...]]
+"""Maps v [M, d] to vᵀ∂g/∂images [M, B, C, H, W] and vᵀ∂g/∂probabilities [M, B, classes]; where learning rates are
+given and matter, also to vᵀ∂g/∂rates [M]."""
 
 
 class Activation(NamedTuple):
@@ -141,12 +142,15 @@ class Chain:
         self.own = self._arrange(weights[None])
 
     @torch.no_grad()
-    def gradients(self, images: Tensor, probabilities: Tensor) -> tuple[Tensor, Pullback]:
+    def gradients(
+        self, images: Tensor, probabilities: Tensor, rates: Tensor | None = None
+    ) -> tuple[Tensor, Pullback]:
         """Return the parameter gradients of M problems and their pull-back.
 
         Args:
             images: Shape [M, B, C, H, W].
             probabilities: Soft labels, each summing to 1, shape [M, B, classes].
+            rates: Local learning rates, which do not matter for the one step that is taken here.
 
         Returns:
             Gradients of the mean cross-entropy, shape [M, d], in layout order; and their pull-back.
