@@ -10,8 +10,9 @@ from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradinversion import GradInversionConfig
 from fedsim.attacks.idlg import IDLGConfig
+from fedsim.attacks.r_gap import RGAPConfig
 
 AttackConfig = Annotated[
-    DLGConfig | IDLGConfig | GIAConfig | GradInversionConfig | AnalyticConfig | CustomAttackConfig,
+    DLGConfig | IDLGConfig | GIAConfig | GradInversionConfig | AnalyticConfig | RGAPConfig | CustomAttackConfig,
     Field(discriminator="name"),
 ]

@@ -40,11 +40,11 @@ class BoxAdam:
         self.done = 0
 
     def note(self, loss: Tensor, scale: Tensor) -> None:
-        """Keep the images whose loss [M] is the lowest so far; unknown rates become `scale` [M], see `Match`."""
+        """Keep the images whose loss [M] is the lowest so far; unknown rates go half the way to `scale` [M]."""
         better = loss < self.best_loss
         if self.rates is not None:
             kept = self.rates if self.best_rates is None else self.best_rates
-            self.best_rates, self.rates = torch.where(better, self.rates, kept), scale
+            self.best_rates, self.rates = torch.where(better, self.rates, kept), (self.rates * scale).sqrt()
         self.best_loss = torch.where(better, loss, self.best_loss)
         self.best[better] = self.images[better]
         if self.done == 0:

@@ -103,18 +103,12 @@ class Dummies:
         self.shape = (observation.batch_size, *observation.model.shape)
         self.pixels = math.prod(self.shape)
         self.classes = observation.model.classes
-        self.ignore = ignore
         self.first_rates: Tensor | None = None
         if observation.local.learning_rate is None:
             refuse_joint(labels is None)
             grey = torch.full((observation.victims, self.pixels), 0.5).to(observation.weights)
-            self.first_rates = self._by_scale(grey)
-
-    def _by_scale(self, variables: Tensor) -> Tensor | None:
-        """Return the learning rates [N] that the scale of what was sent tells at given images [N, n]."""
-        matching = GradientMatching(self.observation, SquaredError, self.ignore)
-        images, p = self.images(variables), self.probabilities(variables, self.everyone)
-        return rates_by_scale(matching, images, p, self.everyone)
+            arguments = self.images(grey), self.probabilities(grey, self.everyone), self.everyone
+            self.first_rates = rates_by_scale(GradientMatching(observation, SquaredError, ignore), *arguments)
 
     def rates(self, variables: Tensor, victims: Tensor) -> Tensor | None:
         """Return the learning rates [m] that rows of variables stand for; None if the rate is known."""
@@ -168,7 +162,7 @@ class Dummies:
 
     def reconstruction(self, found: Found, seconds: float) -> Reconstruction:
         """Return the outcome for all victims."""
-        variables = found.variables.to(self.observation.weights)
+        rates = self.rates(found.variables, self.everyone)
         return Reconstruction(
             images=self.images(found.variables).float(),
             labels=self.probabilities(found.variables, self.everyone).argmax(-1),
@@ -177,5 +171,5 @@ class Dummies:
             stalled=found.stalled,
             exhausted=found.exhausted,
             seconds=seconds,
-            learning_rates=None if self.first_rates is None else self._by_scale(variables),
+            learning_rates=None if rates is None else rates.float(),
         )

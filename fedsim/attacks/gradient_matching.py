@@ -160,8 +160,7 @@ def loss_at(
 
 
 ROUNDS = 8
-"""Times that a learning rate is estimated from the scale of what was sent: each is nearer by the share by which a
-client's steps change its gradients, a tenth or so."""
+"""Secant steps by which a learning rate is estimated from the scale of what was sent."""
 
 
 def rates_by_scale(
@@ -169,15 +168,22 @@ def rates_by_scale(
 ) -> Tensor | None:
     """Estimate the local learning rates [m] of problems from the scale of what was sent; None if it is known.
 
-    An update of several steps is η·G(η), G the sum of the gradients along the way. η ← ⟨G(η), sent⟩ / ‖G(η)‖² has
-    the true rate for a fixed point where the images are the true ones, and after few rounds is near to it where
-    they are not: the last layer's gradient, the largest, depends on the labels more than on the images.
+    An update of several steps is η·G(η), G the sum of the gradients along the way. The map η ↦ s(η) =
+    ⟨G(η), sent⟩ / ‖G(η)‖² has the true rate for a fixed point where the images are the true ones, and one near to
+    it where they are not: the last layer's gradient, the largest, depends on the labels more than on the images.
     """
     if matching.rate is not None:
         return None
-    rates = torch.zeros_like(images[:, 0, 0, 0, 0])
+    before = torch.zeros_like(images[:, 0, 0, 0, 0])
+    rates = matching(images, probabilities, victims, before).scale
+    gap_before = rates
     for _ in range(ROUNDS):
-        rates = matching(images, probabilities, victims, rates).scale
+        scale = matching(images, probabilities, victims, rates).scale
+        gap = scale - rates
+        # Where rates change the gradients a lot, going to s(η) itself would not come to rest.
+        step = rates - gap * (rates - before) / (gap - gap_before)
+        before, gap_before = rates, gap
+        rates = torch.where(torch.isfinite(step) & (step > 0), step, scale)
     return rates
 
 
