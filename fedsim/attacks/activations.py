@@ -50,7 +50,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 def _leaky(share: float) -> Activation:
     return Activation(
         lambda z: F.leaky_relu(z, share),
-        lambda a: torch.where(a > 0, 1.0, share).to(a.dtype),
+        lambda a: torch.where(a > 0, torch.ones_like(a), share),
         torch.zeros_like,
         lambda a: torch.where(a > 0, a, a / share),
     )

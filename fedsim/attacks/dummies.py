@@ -107,8 +107,9 @@ class Dummies:
         if observation.local.learning_rate is None:
             refuse_joint(labels is None)
             grey = torch.full((observation.victims, self.pixels), 0.5).to(observation.weights)
+            self.nearest = GradientMatching(observation, SquaredError, ignore)
             arguments = self.images(grey), self.probabilities(grey, self.everyone), self.everyone
-            self.first_rates = rates_by_scale(GradientMatching(observation, SquaredError, ignore), *arguments)
+            self.first_rates = rates_by_scale(self.nearest, *arguments)
 
     def rates(self, variables: Tensor, victims: Tensor) -> Tensor | None:
         """Return the learning rates [m] that rows of variables stand for; None if the rate is known."""
@@ -162,14 +163,18 @@ class Dummies:
 
     def reconstruction(self, found: Found, seconds: float) -> Reconstruction:
         """Return the outcome for all victims."""
-        rates = self.rates(found.variables, self.everyone)
+        rates, images = None, self.images(found.variables).float()
+        probabilities = self.probabilities(found.variables.float(), self.everyone)
+        if self.first_rates is not None:
+            assumed = self.rates(found.variables.float(), self.everyone)
+            rates = self.nearest(images, probabilities, self.everyone, assumed).scale
         return Reconstruction(
-            images=self.images(found.variables).float(),
-            labels=self.probabilities(found.variables, self.everyone).argmax(-1),
+            images=images,
+            labels=probabilities.argmax(-1),
             loss=found.loss.float(),
             iterations=found.iterations,
             stalled=found.stalled,
             exhausted=found.exhausted,
             seconds=seconds,
-            learning_rates=None if rates is None else rates.float(),
+            learning_rates=rates,
         )

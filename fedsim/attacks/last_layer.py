@@ -80,6 +80,6 @@ def _length(logits: Tensor, u: Tensor, size: Tensor, label: int, known: bool) ->
         if known:
             misfit = (found / size - u).square().sum(1)
         else:
-            misfit = (found / found.norm(dim=1, keepdim=True) - u).square().sum(1)
+            misfit = (found / found.norm(dim=1, keepdim=True).clamp_min(TINY) - u).square().sum(1)
         centre, width = t[misfit.argmin()].log(), width / 16
     return centre.exp()
