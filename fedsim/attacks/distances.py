@@ -62,7 +62,7 @@ class SquaredError:
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual, scale = gradients - self.targets[victims], self.scale[victims]
+        residual, scale = gradients - self.targets.index_select(0, victims), self.scale[victims]
         loss = residual.square().sum(1) * scale
         return loss, residual.mul_(2 * scale[:, None])
 
@@ -88,7 +88,7 @@ class BalancedError:
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual = gradients - self.targets[victims]
+        residual = gradients - self.targets.index_select(0, victims)
         weighted = residual * self.weights[victims]
         return (weighted * residual).sum(1), weighted.mul_(2)
 
@@ -114,7 +114,7 @@ class CosineDistance:
         """See `Distance`."""
         norms = positive(gradients.norm(dim=1))[:, None]
         units = gradients / norms
-        residual = units - self.directions[victims]
+        residual = units - self.directions.index_select(0, victims)
         along = (residual * units).sum(1, keepdim=True)
         loss = 0.5 * residual.square().sum(1)
         return loss, residual.sub_(along * units).div_(norms)
