@@ -80,7 +80,7 @@ def _curve(panel: Axes, rows: pd.DataFrame, colour: str, label: str, marker: str
 
 def _fitted(panel: Axes, rows: pd.DataFrame, points: Sequence[Point], colour: str) -> None:
     """Draw the cost model through a curve's sizes, when there are enough rounds to fit it."""
-    if len({(point.busiest, point.chunks) for point in points}) < 3:
+    if len({(point.busiest, point.calls) for point in points}) < 3:
         panel.plot(rows["clients"], rows["seconds"], color=colour, linewidth=1, alpha=0.6)
         return
     model, by_time = fit(points), {point.seconds: point for point in points}

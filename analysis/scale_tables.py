@@ -122,17 +122,17 @@ def _memory(table: pd.DataFrame) -> Section:
     notes = [
         "MiB. Processes: memory that no other process shares, after the last round. Store: held in the object "
         "stores of all nodes then, and put there by a round, as Ray counts it.",
-        "Out and sums: weights to the nodes and chunk sums back, by size; weights under 100 KiB travel with "
-        "each chunk instead, beside the store. Uploads: what the clients of a real federation would send.",
+        "Out and sums: weights to the nodes and sums back, by size; weights under 100 KiB travel with each "
+        "call instead, beside the store. Uploads: what the clients of a real federation would send.",
     ]
     return Section("Memory and bytes", columns, rows, notes)
 
 
 def _moved(row: pd.Series) -> tuple[float, float, float, float]:
     """Return the bytes of a round: put into the stores, weights out, sums back, and uploads of real clients."""
-    weights, chunks = row["weights_bytes"], row["chunks"]
-    copies = chunks if weights < INLINE_BYTES else row["nodes"]
-    return row["store_bytes_round"], copies * weights, chunks * weights, row["uploaded_bytes"]
+    weights, calls = row["weights_bytes"], row["calls"]
+    copies = calls if weights < INLINE_BYTES else row["nodes"]
+    return row["store_bytes_round"], copies * weights, calls * weights, row["uploaded_bytes"]
 
 
 def _model(table: pd.DataFrame, config: ScaleConfig, points: dict[str, list[Point]]) -> Iterator[Section]:
@@ -145,11 +145,11 @@ def _model(table: pd.DataFrame, config: ScaleConfig, points: dict[str, list[Poin
     if not models:
         return
     rows = [
-        [defense, *(f"{1000 * value:.3f}" for value in (m.fixed, m.per_client, m.per_chunk))]
+        [defense, *(f"{1000 * value:.3f}" for value in (m.fixed, m.per_client, m.per_call))]
         for defense, m in models.items()
     ]
-    formula = "T = fixed + per client · clients of the busiest worker + per chunk · chunks, fitted on all sizes."
-    yield Section("Cost model, ms", ("defense", "fixed", "per client", "per chunk"), rows, [formula])
+    formula = "T = fixed + per client · clients of the busiest worker + per call · calls, fitted on all sizes."
+    yield Section("Cost model, ms", ("defense", "fixed", "per client", "per call"), rows, [formula])
     checked = _held_out(points)
     if checked.rows:
         yield checked
@@ -170,11 +170,10 @@ def _held_out(points: dict[str, list[Point]]) -> Section:
 def _cluster(table: pd.DataFrame, config: ScaleConfig, models: dict[str, CostModel]) -> Section:
     weights = float(table["weights_bytes"].iloc[0])
     network = Network(weights, weights, BYTES_PER_SECOND, WORKERS_PER_NODE)
-    runtime = config.experiment.runtime.model_copy(update={"clients_per_chunk": config.widths[0]})
     rows = []
     for defense, model in models.items():
         for clients in sorted({max(config.clients), LARGE}):
-            width = min(clients, runtime.chunk_width(clients))
+            width = config.chunk_width(clients, config.widths[0])
             for one in extrapolate(model, network, clients, width, config.cluster):
                 workers = one.point.workers
                 rows.append(
@@ -184,9 +183,9 @@ def _cluster(table: pd.DataFrame, config: ScaleConfig, models: dict[str, CostMod
     columns = ("defense", "clients", "workers", "round s", "speed-up", "of ideal", "of it network s")
     notes = [
         "Predicted, not measured. Assumes: every worker has a core as fast as those measured; the fixed and the "
-        "per-chunk cost stay what they were on this machine; nothing else is shared; chunks as in the study.",
+        "per-call cost stay what they were on this machine; nothing else is shared; chunks as in the study.",
         f"Network: {BYTES_PER_SECOND * 8 / 1e9:.0f} Gbit/s at the server, which carries the weights once a node "
-        f"of {WORKERS_PER_NODE} workers and a sum a chunk, none of it hidden behind the work.",
+        f"of {WORKERS_PER_NODE} workers and a sum a call, none of it hidden behind the work.",
     ]
     return Section("Extrapolated to a cluster", columns, rows, notes)
 

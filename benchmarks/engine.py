@@ -4,13 +4,15 @@
     python -m benchmarks.engine defenses [--pairs 30]
     python -m benchmarks.engine memory [--clients 10 100 1000 10000]
     python -m benchmarks.engine start
+    python -m benchmarks.engine whole [--clients 100]
 
 The workload: the DLG LeNet on 1×28×28, 100 clients with 600 images each, batches of 32, FedAvg; `--steps 0` is one
 local epoch. `rounds` times blocks of each contender in rotation and prints medians over the blocks, with ratios
 taken block by block: machines drift. A peer is any command that runs the same workload and ends with a JSON line
 that holds `seconds_per_round_median`: see `benchmarks/peers`, which run in environments of their own. `defenses`
 times rounds with and without a defense in turn. `memory` is what a worker has for itself, after rounds of growing
-size. `start` runs `fedsim run` twice on one tracking database and times the second. One JSON line each.
+size. `start` runs `fedsim run` twice on one tracking database and times the second. `whole` is a run with
+evaluations, checkpoints and MLflow over the sum of its rounds. One JSON line each.
 """
 
 import argparse
@@ -37,6 +39,8 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.overhead import measure_overhead
 from fedsim.engine.runtime import Runtime
 from fedsim.preparation import prepare
+from fedsim.simulation import Simulation
+from fedsim.tracking import Tracker
 
 DEFENSES = ("graddefense", "gc", "dp_gaussian", "dp_laplacian", "pld")
 
@@ -184,9 +188,31 @@ def start(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"seconds_to_first_round_of_a_second_simulation": round(again, 3)}
 
 
+def whole(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    dataset, (per_round, *_) = synthetic(), options.clients
+    rounds = options.rounds * options.blocks
+    config = experiment(per_round, options.steps, options.workers)
+    lasting = config.federation.model_copy(update={"rounds": rounds, "evaluate_every": 10})
+    config = config.model_copy(update={"federation": lasting})
+    with tempfile.TemporaryDirectory() as folder, Runtime(config.runtime) as runtime:
+        tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "whole", Path(folder) / "artifacts")
+        for name in ("warm-up", "measured"):
+            simulation = Simulation(
+                config, output=f"{folder}/{name}", dataset=dataset, runtime=runtime, tracker=tracker
+            )
+            began = time.perf_counter()
+            result = simulation.run()
+            seconds = time.perf_counter() - began
+        in_rounds = float(result.rounds["seconds"].sum())
+        yield {"clients": per_round, "rounds": rounds, "seconds": round(seconds, 2)} | {
+            "seconds_in_rounds": round(in_rounds, 2),
+            "whole_over_rounds": round(seconds / in_rounds, 3),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("rounds", "defenses", "memory", "start"))
+    parser.add_argument("what", choices=("rounds", "defenses", "memory", "start", "whole"))
     parser.add_argument("--clients", type=int, nargs="+", default=[100], help="clients a round")
     parser.add_argument("--steps", type=int, default=1, help="local steps; 0: one epoch")
     parser.add_argument("--workers", type=int, default=2)

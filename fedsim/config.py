@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedsim.aggregation.pairwise import power_of_two
 from fedsim.attacks import AttackConfig
 from fedsim.data.datasets import DatasetConfig, DigitsConfig
 from fedsim.defenses import DefenseConfig, NoDefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
+from fedsim.learning.training import Execution, MemoryFormat, choose_execution, choose_memory_format
 from fedsim.participation import StragglersConfig, sample_size
 from fedsim.privacy.observation import Adversary, Parameters
 from fedsim.schema import Schema, explain
@@ -96,15 +99,23 @@ class AuditConfig(Schema):
     """Victims attacked as one batched computation; shards run on the workers side by side."""
 
 
+WITHOUT_EFFECT = ("workers", "gpus_per_worker")
+"""Settings of the runtime that never change a result."""
+
+
 class RuntimeConfig(Schema):
-    """Where the work runs; only `clients_per_chunk`, `execution` and `deterministic` can change a result."""
+    """Where the work runs, and in what units; `workers` and `gpus_per_worker` never change a result."""
 
     workers: Literal["auto"] | int = "auto"
     """Worker processes; auto: one a CPU, or `1 / gpus_per_worker` a GPU."""
     clients_per_chunk: Literal["auto"] | int = "auto"
-    """Clients trained as one unit of work; auto: an eighth of the cohort, 1 to 16."""
+    """Most clients that are one unit of work; auto: a 32nd of the cohort, an eighth where they are trained as one
+    computation, at most 16. There are as many units as a power of two, so that workers get even shares."""
     execution: Literal["auto", "loop", "vectorized"] = "auto"
     """How the clients of a chunk are trained; auto: by device and batch size (see `fedsim.learning.training`)."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """How the loop keeps images and filters; auto: channels-last for the built-in
+    convolutional models on a CPU."""
     gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
     """Fraction of a GPU that a worker takes where there are GPUs."""
     deterministic: bool = False
@@ -117,12 +128,6 @@ class RuntimeConfig(Schema):
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         return self
-
-    def chunk_width(self, cohort: int) -> int:
-        """Return the clients a chunk for a cohort of this size; it never depends on the workers."""
-        if self.clients_per_chunk != "auto":
-            return self.clients_per_chunk
-        return max(1, min(16, -(-cohort // 8)))
 
 
 class TrackingConfig(Schema):
@@ -190,6 +195,24 @@ class ExperimentConfig(Schema):
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")
         return self
 
+    def execution(self, device: torch.device) -> Execution:
+        """Return how clients are trained on `device`: as `runtime.execution` says, or by the rule."""
+        wanted = self.runtime.execution
+        return choose_execution(device, self.federation.batch_size) if wanted == "auto" else wanted
+
+    def memory_format(self, device: torch.device) -> MemoryFormat:
+        """Return how the loop keeps images and filters on `device`: as the config says, or by the rule."""
+        wanted = self.runtime.memory_format
+        return choose_memory_format(device, self.model.channels_last) if wanted == "auto" else wanted
+
+    def chunk_width(self, cohort: int, device: torch.device) -> int:
+        """Return the clients a chunk for a cohort of this size on `device`; it never depends on the workers."""
+        wanted = self.runtime.clients_per_chunk
+        if isinstance(wanted, int):
+            return min(cohort, wanted)
+        chunks = min(cohort, 32 if self.execution(device) == "loop" else 8)
+        return min(16, -(-cohort // power_of_two(chunks)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved experiment as plain data, as YAML and JSON hold it."""
         data: dict[str, Any] = self.model_dump(mode="json")
@@ -200,7 +223,7 @@ class ExperimentConfig(Schema):
         data = self.to_dict()
         data.pop("tracking")
         data.pop("checkpoint_every")
-        data["runtime"] = {k: data["runtime"][k] for k in ("clients_per_chunk", "execution", "deterministic")}
+        data["runtime"] = {k: v for k, v in data["runtime"].items() if k not in WITHOUT_EFFECT}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

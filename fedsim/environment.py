@@ -12,6 +12,11 @@ import torch
 PACKAGES = ("fedsim", "torch", "torchvision", "ray", "numpy", "mlflow", "scikit-image")
 
 
+def local_device() -> torch.device:
+    """Return what workers on this machine train on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python, of the packages that matter, and of fedsim's commit where there is one."""
     found = {"python": platform.python_version()}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fedsim.comparison import Comparison
 from fedsim.config import ExperimentConfig
+from fedsim.environment import local_device
 from fedsim.preparation import Prepared
 from fedsim.results import SimulationResult
 
@@ -23,7 +24,7 @@ def memory_estimate(config: ExperimentConfig, prepared: Prepared, workers: int) 
     data = prepared.dataset
     shared: int = data.train_images.nbytes + data.test_images.nbytes
     dimension = prepared.spec.build_model(data).layout.dimension
-    width = config.runtime.chunk_width(config.federation.clients_per_round)
+    width = config.chunk_width(config.federation.clients_per_round, local_device())
     batch = config.federation.batch_size * int(data.train_images[0].size) * 4
     return (workers + 2) * PROCESS_BYTES + shared + workers * width * (COPIES * dimension * 4 + batch)
 

@@ -8,7 +8,7 @@ from fedsim.engine.runtime import Runtime
 
 
 def small_experiment(**settings: Any) -> ExperimentConfig:
-    """A simulation of seconds on the digits: 6 rounds, 20 clients, 9 a round in chunks of 2."""
+    """A simulation of seconds on the digits: 6 rounds, 20 clients, 9 a round in chunks of 1 or 2."""
     federation = {"rounds": 6, "clients": 20, "clients_per_round": 9, "batch_size": 16, "evaluate_every": 3}
     data: dict[str, Any] = {
         "name": "small",

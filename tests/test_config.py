@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fedsim.config import ExperimentConfig, load_config, merged, parse_config, parse_overrides
@@ -99,6 +100,10 @@ def test_the_fingerprint_tells_what_can_change_a_result() -> None:
 
 
 def test_a_chunk_is_never_wider_than_asked_and_does_not_depend_on_workers() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for workers in ("auto", 1, 8):
-        runtime = parse_config({"runtime": {"workers": workers}}).runtime
-        assert [runtime.chunk_width(n) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 16]
+        config = parse_config({"runtime": {"workers": workers}})
+        assert [config.chunk_width(n, cpu) for n in (1, 10, 100, 10_000)] == [1, 2, 4, 16]
+        assert [config.chunk_width(n, gpu) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 16]
+    asked = parse_config({"runtime": {"clients_per_chunk": 30}})
+    assert [asked.chunk_width(n, cpu) for n in (10, 100)] == [10, 30]

@@ -21,6 +21,7 @@ from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.defenses import DefenseConfig
 from fedsim.defenses.base import ClientContext, Defense
 from fedsim.defenses.graddefense import GradDefenseConfig
+from fedsim.engine import pool
 from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
@@ -108,18 +109,20 @@ def test_for_chunks_that_end_in_any_order(
 ) -> None:
     orders = []
 
-    def noting(self: WorkerPool, method: str, calls: Any, describe: Any, on_result: Any = None) -> Any:
-        order: list[int] = []
-        references = plain(self, method, calls, describe, lambda i, value: (order.append(i), on_result(i, value)))
-        orders.extend([order] if method == "run_chunk" else [])
-        return references
+    def noting(self: Any) -> Any:
+        call = plain(self)
+        if call and self.method == "run_chunks":
+            orders.append(call.block.start)
+        return call
 
-    plain = WorkerPool.map
-    monkeypatch.setattr(WorkerPool, "map", noting)
+    plain = pool._Dispatch._next
+    monkeypatch.setattr(pool._Dispatch, "_next", noting)
     config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:dawdling"})
     result = Simulation(config, runtime=runtime, dataset=digits).run()
     assert sha(result) == reference["graddefense", "sgd"]
-    assert len(orders) == 6 and len({tuple(order) for order in orders}) > 1
+    width = len(orders) // 6
+    rounds = [orders[at : at + width] for at in range(0, len(orders), width)]
+    assert len(rounds) == 6 and len({tuple(order) for order in rounds}) > 1
 
 
 class Stop(Reporter):

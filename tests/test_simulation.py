@@ -75,10 +75,12 @@ def test_too_few_usable_updates_end_the_run_with_a_clear_line(runtime: Runtime, 
 
 
 class Poison(Defense):
-    """Spoils the update of the client that trains alone in the last chunk."""
+    """Spoils one update of the only chunk with two clients."""
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
-        return updates * float("nan") if len(updates) == 1 else updates
+        spoilt = updates.clone()
+        spoilt[1:] = float("nan")
+        return spoilt
 
 
 def test_one_round_is_plain_federated_averaging(runtime: Runtime, digits: Dataset) -> None:

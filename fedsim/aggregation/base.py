@@ -1,9 +1,7 @@
-"""The seam between what clients send, how the server adds it, and what the server sees of one client.
+"""The seam between what clients send, how it is added, and what the server sees of one client.
 
 Secure aggregation and homomorphic encryption fit here: they change all three, and nothing else.
 """
-
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,8 +13,8 @@ class Aggregation:
         """Return the weighted sum [d] of a chunk's protected updates [K, d]; runs where the updates are."""
         raise NotImplementedError
 
-    def combine(self, partials: Sequence[Tensor]) -> Tensor:
-        """Add the chunks' partial sums [d], in chunk order; runs on the server."""
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the sum [d] of two such sums; runs on workers and on the server."""
         raise NotImplementedError
 
     def visible(self, protected: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
 """Aggregation in the clear: the server sees every client's protected update."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from fedsim.aggregation.base import Aggregation
@@ -15,12 +12,9 @@ class PlainAggregation(Aggregation):
         """Return `weights` [K] times `protected` [K, d]: shape [d]."""
         return weights @ protected
 
-    def combine(self, partials: Sequence[Tensor]) -> Tensor:
-        """Add in the given order, in float64, so that the result does not depend on who finished first."""
-        total = torch.zeros_like(partials[0], dtype=torch.float64)
-        for partial in partials:
-            total += partial
-        return total.to(partials[0].dtype)
+    def add(self, left: Tensor, right: Tensor) -> Tensor:
+        """Add two sums [d]."""
+        return left + right
 
     def visible(self, protected: Tensor) -> Tensor:
         """Return the updates themselves."""

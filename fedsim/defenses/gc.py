@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.defenses.base import ClientContext, Defense, DefenseSettings
-from fedsim.defenses.pruning import kth_smallest, pruned_count
+from fedsim.defenses.pruning import count_nonzero, keep_largest, pruned_count
 
 INDEX_BYTES = 4
 
@@ -42,15 +42,13 @@ class GradientCompression(Defense):
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
         """Return `updates` [K, d] with the smallest entries of each parameter zeroed; ties are kept."""
-        sizes = context.model.layout.sizes
-        magnitudes = updates.abs()
-        for part in magnitudes.split(sizes, dim=1):
-            lowest = pruned_count(part.shape[1], self.prune)
-            part.copy_(part >= kth_smallest(part, lowest))
-        return magnitudes.mul_(updates)
+        sizes, protected = context.model.layout.sizes, torch.empty_like(updates)
+        for part, kept in zip(updates.split(sizes, dim=1), protected.split(sizes, dim=1), strict=True):
+            keep_largest(part, pruned_count(part.shape[1], self.prune), out=kept)
+        return protected
 
     def upload_bytes(self, protected: Tensor) -> Tensor:
         """Bytes of the entries that are not zero, plus their indices or a bit mask, whichever is less."""
-        kept = torch.count_nonzero(protected, dim=1)
+        kept = count_nonzero(protected)
         mask = -(-protected.shape[1] // 8)
         return (kept * protected.element_size() + (kept * INDEX_BYTES).clamp(max=mask)).float()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import compress, pairwise
 from typing import Literal, Self
 
 import torch
@@ -118,12 +119,15 @@ class GradDefense(Defense):
         bounds = context.public["slice_bounds"].tolist()
         selected = self._select(context)
         protected = self._clipped(updates, selected, bounds, context)
-        noise, strength = context.normal(updates.shape[1]), self.settings.sigma * selected.to(updates)
-        for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            part = protected[:, start:stop]
-            part.addcmul_(noise[:, start:stop], strength[:, index : index + 1])
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        for row, chosen, generator in zip(protected, selected.tolist(), context.generators, strict=True):
+            parts = list(compress(row.split(sizes), chosen))
+            # One draw for all of them: noise costs nearly all of what this defense does.
+            noise = row.new_empty(sum(map(len, parts))).normal_(generator=generator)
+            for part, own in zip(parts, noise.split([len(part) for part in parts]), strict=True):
+                part.add_(own, alpha=self.settings.sigma)
         if self.published:
-            self._perturb_neighbours(protected, strength, bounds, context)
+            self._perturb_neighbours(protected, selected, bounds, context)
         return protected
 
     def secrets(self, context: ClientContext) -> dict[str, Tensor]:
@@ -141,7 +145,7 @@ class GradDefense(Defense):
         norm = self.settings.clipping_norm
         if norm is None:
             return updates.clone()
-        slices = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        slices = [slice(start, stop) for start, stop in pairwise(bounds)]
         if self.published:
             slices[1:] = [slice(part.start - 1, part.stop) for part in slices[1:]]
         means = torch.empty_like(updates)
@@ -149,15 +153,14 @@ class GradDefense(Defense):
             means[rows] = clip_slices_(gradients, slices, selected[rows], norm).mean(1)
         return means
 
-    @staticmethod
     def _perturb_neighbours(
-        protected: Tensor, strength: Tensor, bounds: list[int], context: ClientContext
+        self, protected: Tensor, selected: Tensor, bounds: list[int], context: ClientContext
     ) -> None:
         """Add the noise that each published slice but the first puts on the entry before it (trap 2)."""
         dimension = protected.shape[1]
         starts = torch.tensor(bounds[1:-1], dtype=torch.long, device=protected.device)
-        noise = context.normal(len(starts)) * strength[:, 1:]
-        protected.index_add_(1, (starts - 1) % dimension, noise)
+        noise = context.normal(len(starts)) * selected[:, 1:]
+        protected.index_add_(1, (starts - 1) % dimension, noise, alpha=self.settings.sigma)
 
     def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:
         """Denoise `aggregate` [d]; what is removed waits for the next round if error feedback is on."""

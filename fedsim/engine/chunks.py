@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.aggregation.pairwise import Block, PairwiseSum
 from fedsim.attacks import strategies
 from fedsim.defenses.base import Public
 from fedsim.engine.acceptance import judge
@@ -85,6 +86,22 @@ class AttackJob:
         """Return the job for some of the victims."""
         labels = None if self.labels is None else self.labels[victims]
         return replace(self, labels=labels, seeds=self.seeds[victims])
+
+
+def run_chunks(
+    session: Session, weights: Tensor, public: Public, tasks: Sequence[ChunkTask], first: int
+) -> tuple[Tensor, tuple[ChunkReport, ...]]:
+    """Run neighbouring chunks, the first of which is number `first` of its round, and add what they give.
+
+    Returns:
+        Their weighted sum, shape [d + b], and a report each; see `run_chunk`.
+    """
+    total, reports = PairwiseSum(session.aggregation), []
+    for number, task in enumerate(tasks, first):
+        partial, report = run_chunk(session, weights, public, task)
+        total.push(Block(number, 1), partial)
+        reports.append(report)
+    return total.total(), tuple(reports)
 
 
 def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask) -> tuple[Tensor, ChunkReport]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedsim.data.datasets import Dataset
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
-from fedsim.engine.pool import PING_SECONDS, TRIES, Faults, fetch
+from fedsim.engine.dealing import Dealer, split_evenly
+from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
@@ -23,7 +24,7 @@ from fedsim.learning.training import Execution
 from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
-EVALUATION_SHARD = 2000
+EVALUATION_SHARD = 1000
 """Test images that a worker evaluates at a time; fixed, so that no result depends on the workers."""
 
 SERVER_RESTARTS = 20
@@ -100,7 +101,7 @@ class Federation:
     @property
     def execution(self) -> Execution:
         """How the clients of a chunk are trained."""
-        return self.spec.execution(self.runtime.device)
+        return self.spec.config.execution(self.runtime.device)
 
     def weights(self) -> NDArray[np.float32]:
         """Return the global weights, shape [d]."""
@@ -122,10 +123,11 @@ class Federation:
         who = self.spec.participation(round_)
         self._check_quorum(round_, who, [])
         for _ in range(TRIES):
-            reports, partials = self._compute(round_, who.clients)
+            calls = self._compute(round_, who.clients)
+            reports = [report for call in calls for report in call.value]
             self._check_quorum(round_, who, reports)
             try:
-                server_seconds = self._finish(round_, reports, partials)
+                server_seconds = self._finish(round_, reports, calls)
             except ObjectLostError:
                 # Sums went with their node before the server had them: only the clients can make them again.
                 self.runtime.pool.faults.chunks_retried += len(reports)
@@ -133,20 +135,18 @@ class Federation:
             return self._record(round_, time.perf_counter() - start, who, reports, server_seconds)
         raise RunError(f"round {round_}: {TRIES} times in a row a node was lost with its clients' updates")
 
-    def _compute(self, round_: int, clients: tuple[int, ...]) -> tuple[list[ChunkReport], list[Any]]:
-        """Let the workers train the clients; return the chunks' reports and references to their sums, in order."""
-        width = self.spec.config.runtime.chunk_width(self.spec.config.federation.clients_per_round)
-        # Of equal width, but for one client: a last chunk that is much smaller would leave workers idle.
-        parts = np.array_split(np.array(clients), -(-len(clients) // width))
-        tasks = [ChunkTask(round_, tuple(part.tolist())) for part in parts]
-        reports: dict[int, ChunkReport] = {}
-        returned = self.runtime.pool.map(
-            "run_chunk",
-            [(self._handle, self._output.weights, self._output.public, task) for task in tasks],
+    def _compute(self, round_: int, clients: tuple[int, ...]) -> list[Call]:
+        """Let the workers train the clients; return the calls that did it: a sum and the chunks' reports each."""
+        config = self.spec.config
+        width = config.chunk_width(config.federation.clients_per_round, self.runtime.device)
+        tasks = [ChunkTask(round_, part) for part in split_evenly(clients, width)]
+        shared = (self._handle, self._output.weights, self._output.public)
+        return self.runtime.pool.deal(
+            "run_chunks",
+            Dealer(len(tasks), width),
+            lambda block: (*shared, tuple(tasks[block.start : block.start + block.size]), block.start),
             lambda index: f"round {round_}: the chunk of clients {list(tasks[index].clients)}",
-            reports.__setitem__,
         )
-        return [reports[index] for index in range(len(tasks))], [partial for partial, _ in returned]
 
     def evaluate(self) -> tuple[float, float]:
         """Return accuracy (0–1) and mean loss of the global weights on the test set."""
@@ -194,9 +194,7 @@ class Federation:
             worker.forget.remote(key)
 
     def _gather(self, method: str, calls: list[tuple[Any, ...]], what: str) -> list[Any]:
-        results: dict[int, Any] = {}
-        self.runtime.pool.map(method, calls, lambda index: f"{what} ({index})", results.__setitem__)
-        return [results[index] for index in range(len(calls))]
+        return self.runtime.pool.map(method, calls, lambda index: f"{what} ({index})")
 
     def _check_quorum(self, round_: int, who: Participation, reports: list[ChunkReport]) -> None:
         rejected = sum(len(report.rejected) for report in reports)
@@ -222,12 +220,13 @@ class Federation:
                     raise RunError(f"the parameter server died and did not come back in {limit:g} s") from None
                 time.sleep(PING_SECONDS)
 
-    def _finish(self, round_: int, reports: list[ChunkReport], partials: list[Any]) -> dict[str, float]:
+    def _finish(self, round_: int, reports: list[ChunkReport], calls: list[Call]) -> dict[str, float]:
         """Let the server finish the round; a server that died is reopened from the round before."""
         client_weights = tuple(weight for report in reports for weight in report.client_weights)
+        blocks, sums = tuple(call.block for call in calls), [call.references[0] for call in calls]
         while True:
             references = self.runtime.server.finish_round.remote(
-                self._handle[0], round_, client_weights, *partials
+                self._handle[0], round_, client_weights, blocks, *sums
             )
             try:
                 seconds: dict[str, float] = fetch(references[-1])

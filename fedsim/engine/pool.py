@@ -1,4 +1,4 @@
-"""The worker pool: free workers pull chunks, and a chunk whose worker died is given to another."""
+"""The worker pool: free workers pull blocks of chunks; what a worker that died had is given to others."""
 
 import time
 from collections import deque
@@ -10,14 +10,16 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from fedsim.aggregation.pairwise import Block
+from fedsim.engine.dealing import Dealer
 from fedsim.errors import FedsimError, RunError
 
 IN_FLIGHT = 2
 """Calls queued at a worker, so that the next one is there when it ends one."""
 TRIES = 3
-"""Workers that a call may cost before it is given up."""
+"""Workers that a chunk may cost before it is given up."""
 RECOVERY_SECONDS = 120.0
-"""How long a map waits when every worker is away."""
+"""How long the pool waits when every worker is away."""
 PING_SECONDS = 0.1
 """Between two looks at workers that are away."""
 
@@ -36,12 +38,22 @@ class Faults:
 
 
 @dataclass
-class _Call:
-    index: int
-    arguments: tuple[Any, ...]
+class Call:
+    """One call of a worker.
+
+    Attributes:
+        block: What it does.
+        failures: Workers that this block has cost.
+        suspect: Its worker died before: it is done alone.
+        references: Object references of its return values.
+        value: Its last return value.
+    """
+
+    block: Block
     failures: int = 0
     suspect: bool = False
     references: list[Any] = field(default_factory=list)
+    value: Any = None
 
 
 def fetch(reference: Any) -> Any:
@@ -55,48 +67,62 @@ def fetch(reference: Any) -> Any:
 
 
 class WorkerPool:
-    """Sends calls to whichever worker is free and hands the results back in call order."""
+    """Sends calls to whichever worker is free and hands the results back in order."""
 
     def __init__(self, workers: Sequence[ActorHandle], recovery_seconds: float = RECOVERY_SECONDS) -> None:
         """Use `workers`, actors that Ray restarts when they die.
 
         Attributes:
             faults: What went wrong so far.
-            recovery_seconds: How long a `map` waits when every worker is away.
+            recovery_seconds: How long a call of `deal` waits when every worker is away.
             recovering: By number of a worker that is away: the sign of life that it was asked for.
         """
         self.workers, self.recovery_seconds = list(workers), recovery_seconds
         self.faults = Faults()
         self.recovering: dict[int, Any] = {}
 
-    def map(
-        self,
-        method: str,
-        calls: Sequence[tuple[Any, ...]],
-        describe: Callable[[int], str],
-        on_result: Callable[[int, Any], None] | None = None,
-    ) -> list[list[Any]]:
-        """Run `method` once for each tuple of arguments.
-
-        A worker holds at most two calls. A call whose worker died is tried again, alone on a worker, so that
-        a call that kills workers is told from one that merely stood in the queue behind it. A worker that is away
-        is done without until it answers again.
+    def map(self, method: str, calls: Sequence[tuple[Any, ...]], describe: Callable[[int], str]) -> list[Any]:
+        """Run `method` once for each tuple of arguments; return what the calls returned, in call order.
 
         Args:
             method: Name of a method of the workers.
             calls: Arguments of each call; object references among them are resolved on the worker.
             describe: What the error says of call i when it has cost three workers.
-            on_result: Called with (i, last return value) as calls end, in any order.
-
-        Returns:
-            The object references of each call's return values, in call order.
 
         Raises:
             RunError: If one call has cost three workers, or all workers stay away.
             FedsimError: What a call itself raised.
         """
-        dispatch = _Dispatch(self, method, describe)
-        return dispatch.run([_Call(index, arguments) for index, arguments in enumerate(calls)], on_result)
+        ended = self.deal(method, Dealer(len(calls), most=1), lambda block: calls[block.start], describe)
+        return [call.value for call in ended]
+
+    def deal(
+        self,
+        method: str,
+        dealer: Dealer,
+        arguments: Callable[[Block], tuple[Any, ...]],
+        describe: Callable[[int], str],
+    ) -> list[Call]:
+        """Run `method` on all numbers of `dealer`, a block a call.
+
+        A worker holds at most two calls. The numbers of a call whose worker died are tried again one by one, alone
+        on a worker, so that what kills workers is told from what merely stood beside or behind it. A worker that
+        is away is done without until it answers again.
+
+        Args:
+            method: Name of a method of the workers.
+            dealer: What to do, and in what blocks.
+            arguments: Gives the arguments for a block; object references among them are resolved on the worker.
+            describe: What the error says of number i when it has cost three workers.
+
+        Returns:
+            The calls that did it, in the order of their blocks.
+
+        Raises:
+            RunError: If one number has cost three workers, or all workers stay away.
+            FedsimError: What a call itself raised.
+        """
+        return _Dispatch(self, method, dealer, arguments, describe).run()
 
     def ping(self, worker: int) -> Any:
         """Ask a worker for a sign of life; return the reference to its answer."""
@@ -104,45 +130,51 @@ class WorkerPool:
 
 
 class _Dispatch:
-    """One `map` under way: what waits, what each worker holds, which workers are on their way back."""
+    """One `deal` under way: what waits, what each worker holds, which workers are on their way back."""
 
-    def __init__(self, pool: "WorkerPool", method: str, describe: Callable[[int], str]) -> None:
-        self.pool, self.method, self.describe = pool, method, describe
-        self.waiting: deque[_Call] = deque()
-        self.suspects: deque[_Call] = deque()
-        self.held: dict[int, list[_Call]] = {number: [] for number in range(len(pool.workers))}
+    def __init__(
+        self,
+        pool: "WorkerPool",
+        method: str,
+        dealer: Dealer,
+        arguments: Callable[[Block], tuple[Any, ...]],
+        describe: Callable[[int], str],
+    ) -> None:
+        self.pool, self.method, self.dealer = pool, method, dealer
+        self.arguments, self.describe = arguments, describe
+        self.suspects: deque[Call] = deque()
+        self.held: dict[int, list[Call]] = {number: [] for number in range(len(pool.workers))}
         self.recovering = pool.recovering
         self.last_alive = time.monotonic()
 
-    def run(self, calls: list[_Call], on_result: Callable[[int, Any], None] | None) -> list[list[Any]]:
-        self.waiting.extend(calls)
-        remaining = len(calls)
-        while remaining:
+    def run(self) -> list[Call]:
+        ended: list[Call] = []
+        self._fill()
+        while any(self.held.values()) or self.suspects or self.dealer.left:
+            call = self._next()
+            if call:
+                ended.append(call)
             self._welcome()
             self._fill()
-            ended = self._next()
-            if ended is None:
-                continue
-            worker, call = ended
-            try:
-                value = fetch(call.references[-1])
-            except (RayActorError, ObjectLostError):
-                self._lost(worker, call)
-                continue
-            self.held[worker].remove(call)
-            remaining -= 1
-            if on_result:
-                on_result(call.index, value)
-        return [call.references for call in calls]
+        return sorted(ended, key=lambda call: call.block)
 
-    def _next(self) -> tuple[int, _Call] | None:
-        """Return a call that has ended, and its worker; None if it is time to look for workers that are away."""
+    def _next(self) -> Call | None:
+        """Return a call that has ended; None if its worker died, or it is time to look for those that are away."""
         owner = {call.references[-1]: (worker, call) for worker, held in self.held.items() for call in held}
         if not owner:
             time.sleep(PING_SECONDS)
             return None
         ready, _ = ray.wait(list(owner), num_returns=1, timeout=PING_SECONDS if self.recovering else None)
-        return owner[ready[0]] if ready else None
+        if not ready:
+            return None
+        worker, call = owner[ready[0]]
+        try:
+            call.value = fetch(call.references[-1])
+        except (RayActorError, ObjectLostError):
+            self._lost(worker, call)
+            return None
+        self.held[worker].remove(call)
+        return call
 
     def _fill(self) -> None:
         for depth in range(IN_FLIGHT):
@@ -151,32 +183,33 @@ class _Dispatch:
                     continue
                 if self.suspects and not held:
                     self._send(worker, self.suspects.popleft())
-                elif self.waiting:
-                    self._send(worker, self.waiting.popleft())
+                elif block := self.dealer.next(len(self.held) - len(self.recovering)):
+                    self._send(worker, Call(block))
 
-    def _send(self, worker: int, call: _Call) -> None:
-        references = getattr(self.pool.workers[worker], self.method).remote(*call.arguments)
+    def _send(self, worker: int, call: Call) -> None:
+        references = getattr(self.pool.workers[worker], self.method).remote(*self.arguments(call.block))
         call.references = references if isinstance(references, list) else [references]
         self.held[worker].append(call)
 
-    def _lost(self, worker: int, call: _Call) -> None:
+    def _lost(self, worker: int, call: Call) -> None:
         """Take a call back from a worker that died; blame it only if it was the one being worked on."""
         at_work = self.held[worker][0] is call
         self.held[worker].remove(call)
-        self.pool.faults.chunks_retried += 1
-        call.suspect = True
+        again = self.dealer.numbers(call.block)
+        self.pool.faults.chunks_retried += len(again)
+        failures = call.failures
         if worker not in self.recovering:
             self.pool.faults.workers_lost += 1
             self.recovering[worker] = self.pool.ping(worker)
-            call.failures += at_work
-        if call.failures >= TRIES:
-            raise RunError(f"{self.describe(call.index)} cost {TRIES} workers in a row and was given up")
-        self.suspects.append(call)
+            failures += at_work
+        if failures >= TRIES:
+            raise RunError(f"{self.describe(call.block.start)} cost {TRIES} workers in a row and was given up")
+        self.suspects += [Call(Block(number, 1), failures, suspect=True) for number in again]
 
     def _welcome(self) -> None:
         """Use workers again that answer; ask the others once more, and give up when all are away for too long.
 
-        The time is counted anew in each map: what was lost in one simulation is not held against the next.
+        The time is counted anew in each `deal`: what was lost in one simulation is not held against the next.
         """
         for worker, ping in list(self.recovering.items()):
             if not ray.wait([ping], timeout=0)[0]:

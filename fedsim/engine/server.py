@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.aggregation.pairwise import Block, PairwiseSum
 from fedsim.aggregation.plain import PlainAggregation
 from fedsim.data.datasets import Dataset
 from fedsim.defenses.base import PublicContext, ServerContext
@@ -77,12 +78,20 @@ class ServerSession:
         context = PublicContext(self.model, self.optimizer.weights, images, labels, generator)
         self.public = dict(self.defense.prepare(context))
 
-    def finish(self, round_: int, client_weights: tuple[float, ...], partials: tuple[Any, ...]) -> RoundOutput:
-        """Aggregate the chunks' partial sums [d + b] in the given order and move the weights."""
+    def finish(
+        self,
+        round_: int,
+        client_weights: tuple[float, ...],
+        blocks: tuple[Block, ...],
+        partials: tuple[Any, ...],
+    ) -> RoundOutput:
+        """Aggregate the blocks' sums [d + b], in order, and move the weights."""
         start = time.perf_counter()
         weights = torch.tensor(client_weights, dtype=torch.float64)
-        total = self.aggregation.combine([as_tensor(partial) for partial in partials])
-        mean = total / weights.sum().item()
+        total = PairwiseSum(self.aggregation)
+        for block, partial in zip(blocks, partials, strict=True):
+            total.push(block, as_tensor(partial))
+        mean = total.total() / weights.sum().item()
         update, statistics = mean.split([self.model.layout.dimension, len(self.statistics)])
         aggregated = time.perf_counter()
         shares = (weights / weights.sum()).float()
@@ -162,7 +171,12 @@ class ParameterServer:
 
     @ray.method(num_returns=5)  # type: ignore[untyped-decorator]
     def finish_round(
-        self, key: str, round_: int, client_weights: tuple[float, ...], *partials: Any
+        self,
+        key: str,
+        round_: int,
+        client_weights: tuple[float, ...],
+        blocks: tuple[Block, ...],
+        *partials: Any,
     ) -> RoundOutput:
         """See `ServerSession.finish`.
 
@@ -171,7 +185,7 @@ class ParameterServer:
         """
         if key not in self._sessions:
             raise SessionLostError(f"the parameter server does not hold simulation {key}")
-        return self._sessions[key].finish(round_, client_weights, partials)
+        return self._sessions[key].finish(round_, client_weights, blocks, partials)
 
     def close(self, key: str) -> None:
         """Drop a simulation."""

@@ -17,7 +17,7 @@ from fedsim.data.partitions import Partition
 from fedsim.defenses.base import ClientBatch, ClientContext, Defense, Public
 from fedsim.learning.batches import ImageStore, Indices, local_batches
 from fedsim.learning.models import Model, build_model
-from fedsim.learning.training import Execution, LocalTrainer, build_trainer, choose_execution
+from fedsim.learning.training import LocalTrainer, build_trainer
 from fedsim.participation import Participation, participation
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
 
@@ -58,11 +58,6 @@ class SessionSpec:
     def cohort(self, round_: int) -> tuple[int, ...]:
         """Return the clients of a round whose updates are used, in client order."""
         return self.participation(round_).clients
-
-    def execution(self, device: torch.device) -> Execution:
-        """Return how clients are trained on `device`: as the config says, or by the rule."""
-        wanted = self.config.runtime.execution
-        return choose_execution(device, self.config.federation.batch_size) if wanted == "auto" else wanted
 
     def schedule(self, round_: int, client: int) -> list[Indices]:
         """Draw the batches of one client in one round."""
@@ -130,8 +125,9 @@ class Session:
     @cached_property
     def trainer(self) -> LocalTrainer:
         """The local trainer in the execution that the config or the rule chose."""
-        rate, execution = self.spec.config.federation.learning_rate, self.spec.execution(self.device)
-        return build_trainer(self.model, self.train_data, rate, execution)
+        config, device = self.spec.config, self.device
+        ways = config.execution(device), config.memory_format(device)
+        return build_trainer(self.model, self.train_data, config.federation.learning_rate, *ways)
 
     def client_context(
         self,

@@ -43,14 +43,13 @@ class ClientWorker:
         self._sessions.pop(key, None)
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
-    def run_chunk(
-        self, handle: Handle, weights: Array, public: dict[str, Any], task: ChunkTask
-    ) -> tuple[Array, ChunkReport]:
-        """See `chunks.run_chunk`; two return values, so that the sum [d + b] need not pass the driver."""
-        partial, report = chunks.run_chunk(
-            self._session(handle), self._tensor(weights), self._tensors(public), task
-        )
-        return partial.cpu().numpy(), report
+    def run_chunks(
+        self, handle: Handle, weights: Array, public: dict[str, Any], tasks: tuple[ChunkTask, ...], first: int
+    ) -> tuple[Array, tuple[ChunkReport, ...]]:
+        """See `chunks.run_chunks`; two return values, so that the sum [d + b] need not pass the driver."""
+        session = self._session(handle)
+        total, reports = chunks.run_chunks(session, self._tensor(weights), self._tensors(public), tasks, first)
+        return total.cpu().numpy(), reports
 
     def probe(
         self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ Initialisation = Literal["default", "uniform"]
 class LeNetConfig(Schema):
     """The LeNet of DLG (Zhu et al., NeurIPS 2019): three 5×5 convolutions, sigmoids, one linear layer."""
 
+    channels_last: ClassVar[bool] = True
     name: Literal["lenet"] = "lenet"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -34,6 +35,7 @@ class LeNetConfig(Schema):
 class LeNet4Config(Schema):
     """The LeNet of Soteria (Sun et al., CVPR 2021): as `lenet`, with a fourth convolution of stride 1."""
 
+    channels_last: ClassVar[bool] = True
     name: Literal["lenet4"] = "lenet4"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -46,6 +48,7 @@ class LeNet4Config(Schema):
 class ConvNet64Config(Schema):
     """ConvNet of width 64 (Geiping et al., NeurIPS 2020; listed in the slides): 2,904,970 parameters on CIFAR."""
 
+    channels_last: ClassVar[bool] = True
     name: Literal["convnet64"] = "convnet64"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -58,6 +61,7 @@ class ConvNet64Config(Schema):
 class MLPConfig(Schema):
     """Fully connected layers with ReLU on the flattened image, which the first one's gradient gives away."""
 
+    channels_last: ClassVar[bool] = False
     name: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
     """Widths of the hidden layers."""
@@ -76,6 +80,7 @@ class MLPConfig(Schema):
 class CustomModelConfig(Schema):
     """A model of your own: `factory` names a callable `(shape, classes) -> torch.nn.Module`."""
 
+    channels_last: ClassVar[bool] = False
     name: Literal["custom"] = "custom"
     factory: str
     """`module:function`; it gets the image shape (C, H, W), the number of classes and `options`."""

@@ -3,7 +3,8 @@
 `LoopTrainer` trains one client after the other with ordinary autograd; `VectorizedTrainer` trains all of
 them as one `torch.func` computation. The rule that chooses (`choose_execution`) looks at the device and the
 batch size only, so that the same run always takes the same path. On a CPU at one thread, vectorising pays
-for small batches alone: `benchmarks/engine.py` measures it.
+for small batches alone: `benchmarks/engine.py` measures it. There the loop keeps the images and filters of the
+convolutional models channels-last, whose kernels are faster: `benchmarks/local_step.py`.
 
 An update is in gradient units: the local displacement divided by the local learning rate. With one local
 step it is the gradient of the batch itself, so that a noise level means the same for FedSGD and FedAvg.
@@ -21,9 +22,11 @@ from torch.nn import functional as F
 
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import ImageStore, Indices
+from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
 
 Execution = Literal["loop", "vectorized"]
+MemoryFormat = Literal["contiguous", "channels_last"]
 VECTORIZED_BATCH = 8
 """Largest local batch at which vectorising over clients wins on a CPU."""
 
@@ -65,10 +68,27 @@ def choose_execution(device: torch.device, batch_size: int) -> Execution:
     return "vectorized" if device.type == "cuda" or batch_size <= VECTORIZED_BATCH else "loop"
 
 
-def build_trainer(model: Model, data: ImageStore, learning_rate: float, execution: Execution) -> LocalTrainer:
-    """Return the trainer of the wanted execution; on a GPU it makes do with the memory that there is."""
-    kind = LoopTrainer if execution == "loop" else VectorizedTrainer
-    trainer = kind(model, data, learning_rate)
+def choose_memory_format(device: torch.device, takes_channels_last: bool) -> MemoryFormat:
+    """Return the faster memory format for this device and a model that takes channels-last images or not."""
+    return "channels_last" if device.type == "cpu" and takes_channels_last else "contiguous"
+
+
+def build_trainer(
+    model: Model,
+    data: ImageStore,
+    learning_rate: float,
+    execution: Execution,
+    memory_format: MemoryFormat = "contiguous",
+) -> LocalTrainer:
+    """Return the trainer of the wanted execution; on a GPU it makes do with the memory that there is.
+
+    `memory_format` is the loop's; the vectorised execution leaves tensors as they are.
+    """
+    trainer: LocalTrainer
+    if execution == "loop":
+        trainer = LoopTrainer(model, data, learning_rate, memory_format)
+    else:
+        trainer = VectorizedTrainer(model, data, learning_rate)
     return HalvingTrainer(trainer) if data.images.is_cuda else trainer
 
 
@@ -93,39 +113,69 @@ class HalvingTrainer:
 
 
 class LoopTrainer:
-    """One client after the other, on a private copy of the module whose parameters are views of one vector."""
+    """One client after the other, on a private copy of the module whose parameters are views of one vector.
 
-    def __init__(self, model: Model, data: ImageStore, learning_rate: float) -> None:
+    That vector holds each parameter as it lies in memory: channels-last filters in the order O, H, W, I.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: ImageStore,
+        learning_rate: float,
+        memory_format: MemoryFormat = "contiguous",
+    ) -> None:
         """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
         self.module = copy.deepcopy(model.module).train()
         self.normalizers = tuple(batch_norm.layers(self.module))
         self.data, self.learning_rate = data, learning_rate
+        self.channels_last = memory_format == "channels_last"
         device = data.images.device
         self.weights = torch.zeros(model.layout.dimension, device=device)
         self.gradient = torch.zeros_like(self.weights)
-        views = zip(
+        positions = torch.arange(model.layout.dimension, device=device)
+        self.order = torch.empty_like(positions)
+        stored = zip(
             self.module.parameters(),
-            model.layout.views(self.weights).values(),
-            model.layout.views(self.gradient).values(),
+            self._views(model.layout, self.weights),
+            self._views(model.layout, self.gradient),
+            self._views(model.layout, self.order),
+            model.layout.views(positions).values(),
             strict=True,
         )
-        for parameter, value, gradient in views:
+        for parameter, value, gradient, order, position in stored:
             parameter.data, parameter.grad = value, gradient
+            order.copy_(position)
+        self.places = self.order.argsort()
+
+    def _views(self, layout: ParameterLayout, vector: Tensor) -> list[Tensor]:
+        """Return views of a vector [d] in the parameters' shapes, in the memory format."""
+        views = []
+        for part, shape in zip(vector.split(layout.sizes), layout.shapes, strict=True):
+            if self.channels_last and len(shape) == 4:
+                outputs, inputs, height, width = shape
+                views.append(part.view(outputs, height, width, inputs).permute(0, 3, 1, 2))
+            else:
+                views.append(part.view(shape))
+        return views
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`."""
+        start = weights[self.order]
         updates = weights.new_empty(len(schedules), len(weights))
         losses, statistics = [], []
         for row, batches in zip(updates, schedules, strict=True):
-            losses.append(self._train_client(weights, batches, row))
+            losses.append(self._train_client(start, batches, row))
             statistics.append(batch_norm.collect_statistics(self.normalizers, weights).detach())
-        return LocalResult(updates, torch.stack(losses), torch.stack(statistics))
+        return LocalResult(updates[:, self.places], torch.stack(losses), torch.stack(statistics))
 
-    def _train_client(self, weights: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
-        self.weights.copy_(weights)
-        total = weights.new_zeros(())
+    def _train_client(self, start: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
+        self.weights.copy_(start)
+        total = start.new_zeros(())
         for batch in batches:
             images, labels = self.data.take(batch)
+            if self.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             self.gradient.zero_()
             loss = F.cross_entropy(self.module(images), labels)
             loss.backward()
@@ -133,7 +183,7 @@ class LoopTrainer:
             if len(batches) > 1:
                 self.weights.add_(self.gradient, alpha=-self.learning_rate)
         if len(batches) > 1:
-            torch.sub(weights, self.weights, out=update).div_(self.learning_rate)
+            torch.sub(start, self.weights, out=update).div_(self.learning_rate)
         else:
             update.copy_(self.gradient)
         return total / len(batches)

@@ -1,8 +1,8 @@
-"""The cost model of a round: what it costs at all, a client, and a chunk.
+"""The cost model of a round: what it costs at all, a client, and a call of a worker.
 
-    T = fixed + per_client · clients of the busiest worker + per_chunk · chunks
+    T = fixed + per_client · clients of the busiest worker + per_call · calls
 
-Local training and the defense's client half run side by side on the workers; drawing the cohort, handing out the
+Local training and the defense's client half run side by side on the workers; drawing the cohort, dealing blocks of
 chunks, adding their sums and the server's step do not. Workers beyond the cores share these.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
+from fedsim.engine.dealing import call_count, chunk_count
 from fedsim.errors import RunError
 
 
@@ -34,7 +35,12 @@ class Point:
     @property
     def chunks(self) -> int:
         """Chunks a round."""
-        return -(-self.clients // self.clients_per_chunk)
+        return chunk_count(self.clients, self.clients_per_chunk)
+
+    @property
+    def calls(self) -> int:
+        """Blocks of chunks, a call of a worker each."""
+        return call_count(self.chunks, self.clients_per_chunk, self.workers)
 
     @property
     def busiest(self) -> float:
@@ -44,15 +50,15 @@ class Point:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds a round, and for each client and each chunk; none is negative."""
+    """Seconds a round, and for each client and each call; none is negative."""
 
     fixed: float
     per_client: float
-    per_chunk: float
+    per_call: float
 
     def predict(self, point: Point) -> float:
         """Return the round time in seconds."""
-        return self.fixed + self.per_client * point.busiest + self.per_chunk * point.chunks
+        return self.fixed + self.per_client * point.busiest + self.per_call * point.calls
 
 
 def fit(points: Sequence[Point]) -> CostModel:
@@ -63,7 +69,7 @@ def fit(points: Sequence[Point]) -> CostModel:
     Raises:
         RunError: If there are fewer than three different rounds.
     """
-    rows = np.array([[1.0, point.busiest, point.chunks] for point in points]).reshape(-1, 3)
+    rows = np.array([[1.0, point.busiest, point.calls] for point in points]).reshape(-1, 3)
     if len(np.unique(rows, axis=0)) < 3:
         raise RunError("the cost model has three terms: it needs at least three different rounds")
     seconds = np.array([point.seconds for point in points])
@@ -116,7 +122,7 @@ class Network:
 
     Attributes:
         weights_bytes: Size of the global weights; they go to each node once.
-        partial_bytes: Size of a chunk's sum; it comes back once a chunk.
+        partial_bytes: Size of the sum that a call gives.
         bytes_per_second: Rate of the server's link, which carries all of it.
         workers_per_node: Workers a node.
     """
@@ -129,7 +135,7 @@ class Network:
     def seconds(self, point: Point) -> float:
         """Return the transfer time of a round, none of it hidden behind the work."""
         nodes = -(-point.workers // self.workers_per_node)
-        moved = nodes * self.weights_bytes + point.chunks * self.partial_bytes
+        moved = nodes * self.weights_bytes + point.calls * self.partial_bytes
         return moved / self.bytes_per_second
 
 

@@ -13,7 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 from fedsim.config import ExperimentConfig, merged, parse_config
 from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import Partition
+from fedsim.engine.dealing import call_count, chunk_count
 from fedsim.engine.session import SessionSpec
+from fedsim.environment import local_device
 from fedsim.errors import ConfigError
 from fedsim.randomness import Purpose, numpy_stream
 from fedsim.schema import Schema, explain
@@ -43,7 +45,7 @@ class Cell:
     Attributes:
         clients: Clients a round.
         workers: Worker processes.
-        clients_per_chunk: Clients that a worker trains as one unit of work.
+        clients_per_chunk: Most clients that are one unit of work.
         defense: Name of the defense.
     """
 
@@ -55,7 +57,12 @@ class Cell:
     @property
     def chunks(self) -> int:
         """Chunks a round."""
-        return -(-self.clients // self.clients_per_chunk)
+        return chunk_count(self.clients, self.clients_per_chunk)
+
+    @property
+    def calls(self) -> int:
+        """Blocks of chunks, a call of a worker each."""
+        return call_count(self.chunks, self.clients_per_chunk, self.workers)
 
     @property
     def title(self) -> str:
@@ -128,10 +135,14 @@ class ScaleConfig(Schema):
     def _cells(self, pairs: Sequence[tuple[int, int]], widths: Sequence[Width]) -> Iterator[Cell]:
         for clients, workers in pairs:
             for width in widths:
-                runtime = self.experiment.runtime.model_copy(update={"clients_per_chunk": width})
-                chunk = min(clients, runtime.chunk_width(clients))
                 for defense in self.defenses:
-                    yield Cell(clients, workers, chunk, defense)
+                    yield Cell(clients, workers, self.chunk_width(clients, width), defense)
+
+    def chunk_width(self, clients: int, width: Width) -> int:
+        """Return the clients a chunk of a cohort, given an entry of `widths`."""
+        runtime = self.experiment.runtime.model_copy(update={"clients_per_chunk": width})
+        experiment = self.experiment.model_copy(update={"runtime": runtime})
+        return experiment.chunk_width(clients, local_device())
 
     def experiment_at(self, cell: Cell) -> ExperimentConfig:
         """Return the simulation behind a cell: its whole population is its cohort."""
@@ -210,7 +221,7 @@ class Workload:
 
     @cached_property
     def weights_bytes(self) -> int:
-        """Size of the global weights, and about that of a chunk's sum."""
+        """Size of the global weights, and about that of a call's sum."""
         config = self.config
         return 4 * self.spec(config.cells()[0]).build_model(self.dataset).layout.dimension
 
@@ -223,4 +234,4 @@ class Workload:
 
 def describe(cell: Cell) -> dict[str, Any]:
     """Return the cell as the first columns of its row."""
-    return {**asdict(cell), "chunks": cell.chunks}
+    return {**asdict(cell), "chunks": cell.chunks, "calls": cell.calls}

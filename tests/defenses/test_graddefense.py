@@ -116,10 +116,12 @@ RISKS = {
 class Fixed:
     """The draws that a client's stream holds, in the order in which the defense asks for them."""
 
-    def __init__(self, client, slices, perturbed):
+    def __init__(self, client, bounds, perturbed):
         context = client_context(MODEL, [client], size=1)
+        slices = len(bounds) - 1
         self.chosen = set(context.uniform(slices).topk(perturbed).indices[0].tolist())
-        self.entries = context.normal(D)[0].tolist()
+        noisy = [index for number in sorted(self.chosen) for index in range(bounds[number], bounds[number + 1])]
+        self.entries = dict(zip(noisy, context.normal(len(noisy))[0].tolist(), strict=True))
         self.starts = context.normal(slices - 1)[0].tolist()
 
     def noise(self, ends, sigma):
@@ -137,7 +139,8 @@ class Fixed:
 @pytest.mark.parametrize("risk", RISKS.values(), ids=RISKS)
 def test_published_protection_agrees_with_its_reference(risk, clipping_norm):
     slices, perturbed, sizes = 6, 4, MODEL.layout.sizes
-    public = {"slice_bounds": torch.from_numpy(published_bounds(np.array(risk), sizes, slices))}
+    bounds = published_bounds(np.array(risk), sizes, slices)
+    public = {"slice_bounds": torch.from_numpy(bounds)}
     config = {"slices": slices, "perturbed": perturbed, "variant": "published", "clipping_norm": clipping_norm}
     context = client_context(MODEL, range(5), public=public)
     updates = draw(5, D)
@@ -148,7 +151,7 @@ def test_published_protection_agrees_with_its_reference(risk, clipping_norm):
         pair for rows, g in context.per_sample_gradients() for pair in zip(rows.tolist(), g, strict=True)
     )
     for client in range(5):
-        fixed = Fixed(client, slices, perturbed)
+        fixed = Fixed(client, bounds.tolist(), perturbed)
         start = updates[client].numpy()
         if clipping_norm is not None:
             start = reference.clip(samples[client].numpy(), ends, fixed.chosen, clipping_norm)

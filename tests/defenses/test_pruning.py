@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.defenses.pruning import kth_smallest, pruned_count
+from fedsim.defenses.pruning import count_nonzero, keep_largest, pruned_count
 
 
 @given(st.integers(1, 300), st.integers(0, 99))
@@ -19,13 +19,21 @@ def test_nothing_is_pruned_from_one_value_or_by_fraction_zero():
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.data())
-def test_kth_smallest_is_the_sorted_value(clients, size, data):
-    rank = data.draw(st.integers(0, size - 1))
-    values = torch.from_numpy(np.random.default_rng(size).integers(0, 9, (clients, size))).double()
-    assert torch.equal(kth_smallest(values, rank), values.sort(dim=1).values[:, rank : rank + 1])
+def test_what_is_kept_is_what_sorting_keeps(clients, size, data):
+    lowest = data.draw(st.integers(0, size - 1))
+    values = torch.from_numpy(np.random.default_rng(size).integers(-9, 9, (clients, size))).float()
+    before, out = values.clone(), torch.full_like(values, torch.nan)
+    keep_largest(values, lowest, out)
+    assert torch.equal(values, before)
+    for row, kept in zip(values.tolist(), out.tolist(), strict=True):
+        threshold = sorted(map(abs, row))[lowest]
+        assert kept == [value if abs(value) >= threshold else 0.0 for value in row]
+    assert count_nonzero(out).tolist() == [sum(value != 0 for value in row) for row in out.tolist()]
 
 
-def test_kth_smallest_leaves_its_input_alone():
-    values = torch.tensor([[3.0, 1.0, 2.0]])
-    kth_smallest(values, 1)
-    assert values.tolist() == [[3.0, 1.0, 2.0]]
+def test_a_value_that_is_not_finite_is_still_not():
+    values = torch.tensor([[1.0, float("inf"), float("nan")], [1.0, 2.0, 3.0]])
+    out = torch.empty_like(values)
+    keep_largest(values, 1, out)
+    assert out[0].isfinite().tolist() == [True, False, False]
+    assert out[1].tolist() == [0, 2, 3]

@@ -25,6 +25,13 @@ def test_what_is_not_finite_is_rejected_in_updates_and_statistics(bad: float) ->
     assert sent.rows.tolist() == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
 
 
+def test_finite_numbers_whose_sum_is_not_are_accepted() -> None:
+    updates = torch.full((2, 3), 3e38)
+    sent = judge(updates, torch.zeros(2, 0), 3)
+    assert sent.mask.tolist() == [True, True] and not sent.reasons
+    assert torch.equal(sent.rows, updates)
+
+
 def test_one_client_of_another_size_is_told_from_the_rest() -> None:
     sent = judge([torch.ones(2), torch.ones(3), torch.tensor([1.0, NAN])], torch.zeros(3, 0), 2)
     assert sent.reasons == {1: "shape [3] instead of [2]", 2: "not finite"}

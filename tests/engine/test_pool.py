@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from fedsim.engine import pool as pool_module
+from fedsim.engine.dealing import Dealer
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
@@ -37,6 +38,14 @@ class Echo:
             os._exit(1)
         return value
 
+    def all_but_marked(self, start: int, size: int, mark: str) -> list[int]:
+        self.die_unless_marked(start, mark)
+        return list(range(start, start + size))
+
+    def die_if_among(self, start: int, size: int, poison: int) -> None:
+        for number in range(start, start + size):
+            self.die_if(number, poison)
+
 
 @pytest.fixture
 def pool(runtime: Runtime) -> Iterator[WorkerPool]:
@@ -49,17 +58,12 @@ def pool(runtime: Runtime) -> Iterator[WorkerPool]:
 
 def test_results_come_back_in_call_order_whoever_finishes_first(pool: WorkerPool) -> None:
     calls = [(i, 0.2 if i == 0 else 0.0) for i in range(8)]
-    ended: list[int] = []
-    references = pool.map("work", calls, str, lambda index, _: ended.append(index))
-    assert ray.get([r[0] for r in references]) == [i * i for i in range(8)]
-    assert sorted(ended) == list(range(8))
-    assert ended != list(range(8))
+    assert pool.map("work", calls, str) == [i * i for i in range(8)]
 
 
 def test_a_call_whose_worker_died_is_done_by_another(pool: WorkerPool, tmp_path: object) -> None:
     mark = f"{tmp_path}/died"
-    references = pool.map("die_unless_marked", [(i, mark) for i in range(6)], str)
-    assert ray.get([r[0] for r in references]) == list(range(6))
+    assert pool.map("die_unless_marked", [(i, mark) for i in range(6)], str) == list(range(6))
     assert pool.faults.workers_lost >= 1
     assert pool.faults.chunks_retried >= 1
 
@@ -69,8 +73,26 @@ def test_a_call_that_kills_every_worker_is_named_and_no_other(pool: WorkerPool) 
         pool.map("die_if", [(i, 2) for i in range(5)], lambda index: f"the chunk of client {index}")
     # One more than the three if a finished call's answer was lost with the process and took the blame.
     assert pool.faults.workers_lost in (3, 4)
-    references = pool.map("work", [(3,)], str)
-    assert ray.get(references[0][0]) == 9
+    assert pool.map("work", [(3,)], str) == [9]
+
+
+def test_a_block_whose_worker_died_is_done_one_by_one(pool: WorkerPool, tmp_path: object) -> None:
+    mark = f"{tmp_path}/died"
+    calls = pool.deal("all_but_marked", Dealer(20), lambda block: (block.start, block.size, mark), str)
+    assert [number for call in calls for number in call.value] == list(range(20))
+    sizes = [call.block.size for call in calls]
+    assert max(sizes) > 1 and sizes.count(1) >= 4
+    assert pool.faults.chunks_retried >= 4
+
+
+def test_a_number_that_kills_workers_is_found_within_its_block(pool: WorkerPool) -> None:
+    with pytest.raises(RunError, match="the chunk of client 9 cost 3 workers"):
+        pool.deal(
+            "die_if_among",
+            Dealer(20),
+            lambda block: (block.start, block.size, 9),
+            lambda index: f"the chunk of client {index}",
+        )
 
 
 def test_an_error_in_the_work_itself_is_not_retried(pool: WorkerPool) -> None:
@@ -115,7 +137,7 @@ def test_workers_that_stayed_away_too_long_are_not_held_against_the_next_simulat
         pool.map("work", [(3,)], str)
     clock.leaping = False
     threading.Timer(1.0, open, (mark, "w")).start()
-    assert ray.get(pool.map("work", [(3,)], str)[0][0]) == 9
+    assert pool.map("work", [(3,)], str) == [9]
     ray.kill(pool.workers[0])
 
 
@@ -123,6 +145,5 @@ def test_a_worker_that_is_gone_for_good_is_done_without(pool: WorkerPool) -> Non
     ray.kill(pool.workers[1], no_restart=True)
     pool.recovery_seconds = 0.0
     for _ in range(2):
-        references = pool.map("work", [(i,) for i in range(6)], str)
-        assert ray.get([r[0] for r in references]) == [i * i for i in range(6)]
+        assert pool.map("work", [(i,) for i in range(6)], str) == [i * i for i in range(6)]
     assert pool.faults.workers_lost == 1

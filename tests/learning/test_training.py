@@ -1,11 +1,21 @@
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fedsim.learning.batches import ImageStore, Indices, local_batches
-from fedsim.learning.models import LeNetConfig, Model, build_model
-from fedsim.learning.training import HalvingTrainer, LocalResult, LoopTrainer, VectorizedTrainer, choose_execution
+from fedsim.learning.models import ConvNet64Config, CustomModelConfig, LeNetConfig, Model, build_model
+from fedsim.learning.training import (
+    HalvingTrainer,
+    LocalResult,
+    LoopTrainer,
+    VectorizedTrainer,
+    choose_execution,
+    choose_memory_format,
+)
 
 RATE = 0.1
 
@@ -35,9 +45,12 @@ def plain_update(model: Model, data: ImageStore, weights: torch.Tensor, batches:
     return (weights - end) / RATE
 
 
-@pytest.mark.parametrize("trainer", [LoopTrainer, VectorizedTrainer])
+TRAINERS = [LoopTrainer, partial(LoopTrainer, memory_format="channels_last"), VectorizedTrainer]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_updates_are_those_of_plain_sgd(trainer: type, steps: int, model: Model, data: ImageStore) -> None:
+def test_updates_are_those_of_plain_sgd(trainer: Any, steps: int, model: Model, data: ImageStore) -> None:
     weights = model.initial_weights()
     rng = np.random.default_rng(1)
     schedules = [[rng.choice(60, 8, replace=False) for _ in range(steps)] for _ in range(4)]
@@ -46,8 +59,8 @@ def test_updates_are_those_of_plain_sgd(trainer: type, steps: int, model: Model,
         assert torch.allclose(row, plain_update(model, data, weights, batches), atol=2e-5)
 
 
-@pytest.mark.parametrize("trainer", [LoopTrainer, VectorizedTrainer])
-def test_clients_with_unequal_batches(trainer: type, model: Model, data: ImageStore) -> None:
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_clients_with_unequal_batches(trainer: Any, model: Model, data: ImageStore) -> None:
     weights = model.initial_weights()
     schedules = [[np.arange(3)], [np.arange(5, 12)], [np.arange(3)]]
     result = trainer(model, data, RATE).train(weights, schedules)
@@ -93,6 +106,23 @@ def test_the_loop_gives_a_client_the_same_bits_whoever_is_beside_it(model: Model
     both = LoopTrainer(model, data, RATE).train(weights, schedules).updates
     alone = LoopTrainer(model, data, RATE).train(weights, schedules[1:]).updates
     assert torch.equal(both[1], alone[0])
+
+
+def test_channels_last_is_for_models_that_take_it_on_a_cpu() -> None:
+    assert choose_memory_format(torch.device("cpu"), LeNetConfig.channels_last) == "channels_last"
+    assert choose_memory_format(torch.device("cpu"), CustomModelConfig.channels_last) == "contiguous"
+    assert choose_memory_format(torch.device("cuda"), LeNetConfig.channels_last) == "contiguous"
+
+
+def test_batch_norm_is_the_same_channels_last() -> None:
+    model = build_model(ConvNet64Config(), (3, 32, 32), 10, seed=0)
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    data = ImageStore.of(images, np.arange(6), "cpu")
+    weights, schedules = model.initial_weights(), [[np.arange(3), np.arange(3, 6)]]
+    plain = LoopTrainer(model, data, RATE).train(weights, schedules)
+    last = LoopTrainer(model, data, RATE, "channels_last").train(weights, schedules)
+    assert torch.allclose(last.statistics, plain.statistics, rtol=1e-4, atol=1e-5)
+    assert (last.updates - plain.updates).norm() < 1e-3 * plain.updates.norm()
 
 
 def test_execution_depends_on_device_and_batch_only() -> None:

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.errors import RunError
 from fedsim.scale.cost_model import CostModel, Network, Point, extrapolate, fit, hold_out
 
@@ -10,10 +11,11 @@ SIZES = (10, 100, 1000, 10_000)
 
 
 def timed(model: CostModel, clients: int, workers: int, width: int) -> Point:
-    """A round that takes what the closed form says: the slowest worker's clients, all chunks, and a constant."""
-    chunks = int(np.ceil(clients / width))
-    busiest = np.ceil(chunks / workers) * clients / chunks
-    return Point(clients, workers, width, model.fixed + model.per_client * busiest + model.per_chunk * chunks)
+    """A round that takes what the closed form says: the slowest worker's clients, all calls, and a constant."""
+    chunks = len(split_evenly(tuple(range(clients)), width))
+    busiest, dealer = np.ceil(chunks / workers) * clients / chunks, Dealer(chunks, width)
+    calls = len(list(iter(lambda: dealer.next(workers), None)))
+    return Point(clients, workers, width, model.fixed + model.per_client * busiest + model.per_call * calls)
 
 
 def rounds(model: CostModel) -> list[Point]:
@@ -24,8 +26,8 @@ costs = st.floats(min_value=1e-5, max_value=1.0)
 
 
 @given(costs, costs, costs)
-def test_synthetic_times_are_recovered_exactly(fixed: float, per_client: float, per_chunk: float) -> None:
-    truth = CostModel(fixed, per_client, per_chunk)
+def test_synthetic_times_are_recovered_exactly(fixed: float, per_client: float, per_call: float) -> None:
+    truth = CostModel(fixed, per_client, per_call)
     found = fit(rounds(truth))
     for point in rounds(truth):
         assert found.predict(point) == pytest.approx(point.seconds, rel=1e-6)
@@ -35,7 +37,7 @@ def test_synthetic_times_are_recovered_exactly(fixed: float, per_client: float, 
 def test_terms_are_told_apart() -> None:
     truth = CostModel(0.02, 0.003, 0.0004)
     found = fit(rounds(truth))
-    assert (found.fixed, found.per_client, found.per_chunk) == pytest.approx((0.02, 0.003, 0.0004), rel=1e-6)
+    assert (found.fixed, found.per_client, found.per_call) == pytest.approx((0.02, 0.003, 0.0004), rel=1e-6)
 
 
 @given(st.lists(st.floats(min_value=0.5, max_value=2.0), min_size=24, max_size=24))
@@ -45,7 +47,7 @@ def test_no_cost_is_negative_and_no_other_model_has_smaller_relative_errors(nois
         Point(p.clients, p.workers, p.clients_per_chunk, p.seconds * n) for p, n in zip(clean, noise, strict=True)
     ]
     found = fit(noisy)
-    values = np.array([found.fixed, found.per_client, found.per_chunk])
+    values = np.array([found.fixed, found.per_client, found.per_call])
     assert (values >= 0).all()
 
     def error(at: np.ndarray) -> float:
@@ -79,12 +81,13 @@ def test_too_few_rounds_are_refused() -> None:
     assert hold_out(points) == []
 
 
-def test_a_cluster_is_bounded_by_its_chunks_its_serial_part_and_its_network() -> None:
+def test_a_cluster_is_bounded_by_its_calls_its_serial_part_and_its_network() -> None:
     model = CostModel(0.1, 0.01, 0.001)
     network = Network(weights_bytes=1e6, partial_bytes=2e6, bytes_per_second=1e9, workers_per_node=4)
     one, four, many = extrapolate(model, network, clients=160, width=16, workers=(1, 4, 1000))
+    # 16 chunks of 10 clients, dealt as 8 + 4 + 2 + 1 + 1 to one worker, as 4 × 2 + 8 × 1 to four.
     assert (one.speed_up, one.network_seconds) == (1.0, 0.0)
-    assert one.seconds == pytest.approx(0.1 + 160 * 0.01 + 10 * 0.001)
-    assert four.seconds == pytest.approx(0.1 + 48 * 0.01 + 10 * 0.001 + (1e6 + 10 * 2e6) / 1e9)
-    assert many.seconds == pytest.approx(0.1 + 16 * 0.01 + 10 * 0.001 + (250 * 1e6 + 10 * 2e6) / 1e9)
+    assert one.seconds == pytest.approx(0.1 + 160 * 0.01 + 5 * 0.001)
+    assert four.seconds == pytest.approx(0.1 + 40 * 0.01 + 12 * 0.001 + (1e6 + 12 * 2e6) / 1e9)
+    assert many.seconds == pytest.approx(0.1 + 10 * 0.01 + 16 * 0.001 + (250 * 1e6 + 16 * 2e6) / 1e9)
     assert four.speed_up == pytest.approx(one.seconds / four.seconds)

@@ -26,7 +26,7 @@ def test_one_actor_a_client_is_a_worker_and_a_chunk_for_each() -> None:
 def test_widths_are_those_of_a_run_or_those_given() -> None:
     options = {"clients": [10, 100, 1000], "workers": [1], "weak": 0, "defenses": ["none"]}
     auto = parse_scale(options, {}, "test").cells()
-    assert [(cell.clients_per_chunk, cell.chunks) for cell in auto] == [(2, 5), (13, 8), (16, 63)]
+    assert [(cell.clients_per_chunk, cell.chunks) for cell in auto] == [(2, 8), (4, 32), (16, 64)]
     given = parse_scale({**options, "widths": [4, 200]}, {}, "test").cells()
     assert [cell.clients_per_chunk for cell in given] == [4, 10, 4, 100, 4, 200], (
         "a chunk is no wider than the cohort"
@@ -38,7 +38,12 @@ def test_a_cell_is_an_experiment_with_its_settings() -> None:
     experiment = config.experiment_at(Cell(40, 3, 5, "gc"))
     federation, runtime = experiment.federation, experiment.runtime
     assert (federation.clients, federation.clients_per_round, federation.batch_size) == (40, 40, 7)
-    assert (runtime.workers, runtime.chunk_width(40), experiment.defense.name, experiment.seed) == (3, 5, "gc", 5)
+    assert (runtime.workers, runtime.clients_per_chunk, experiment.defense.name, experiment.seed) == (
+        3,
+        5,
+        "gc",
+        5,
+    )
 
 
 @pytest.mark.parametrize(
