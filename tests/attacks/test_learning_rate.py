@@ -110,17 +110,17 @@ def test_derivatives_agree_with_finite_differences(distance: Callable[[Targets],
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize(
     "attack",
-    [DLGConfig(labels="known", iterations=60, precision="float32"), GIAConfig(iterations=80)],
+    [DLGConfig(labels="known", iterations=40, precision="float32"), GIAConfig(iterations=80)],
     ids=lambda attack: attack.name,
 )
 def test_not_knowing_the_rate_costs_next_to_nothing(attack: AttackSettings, steps: int) -> None:
-    images, labels = victims(2, 2, (1, 8, 8))
+    images, labels = victims(1, 2, (1, 8, 8))
     blind = moved(lenet("uniform", (1, 8, 8)), images, labels, steps, rate=0.2)
     told = replace(blind, gradients=blind.gradients / 0.2, local=LocalTraining(steps, 0.2))
     found, reference = (attack.build().reconstruct(seen) for seen in (blind, told))
     assert reference.learning_rates is None and found.learning_rates is not None
-    torch.testing.assert_close(found.learning_rates, torch.full((2,), 0.2), rtol=1e-2, atol=0)
-    means = [sum(row.PSNR for row in score(images, seen.images)) / 4 for seen in (found, reference)]
+    torch.testing.assert_close(found.learning_rates, torch.full((1,), 0.2), rtol=1e-2, atol=0)
+    means = [sum(row.PSNR for row in score(images, seen.images)) / 2 for seen in (found, reference)]
     assert means[1] > 20 and means[0] > means[1] - 2
     at_truth = attack.build().matching_loss(blind, images, labels)
     assert at_truth is not None and float(at_truth.max()) < 1e-2
