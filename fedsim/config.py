@@ -15,9 +15,10 @@ from fedsim.attacks import AttackConfig
 from fedsim.data.datasets import DatasetConfig, DigitsConfig
 from fedsim.defenses import DefenseConfig, NoDefenseConfig
 from fedsim.errors import ConfigError
+from fedsim.learning.execution import Execution, choose_execution, choose_memory_format
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
-from fedsim.learning.training import Execution, MemoryFormat, choose_execution, choose_memory_format
+from fedsim.learning.training import MemoryFormat, Precision
 from fedsim.participation import StragglersConfig, sample_size
 from fedsim.privacy.observation import Adversary, Parameters
 from fedsim.schema import Schema, explain
@@ -111,11 +112,14 @@ class RuntimeConfig(Schema):
     clients_per_chunk: Literal["auto"] | int = "auto"
     """Most clients that are one unit of work; auto: a 32nd of the cohort, an eighth where they are trained as one
     computation, at most 16. There are as many units as a power of two, so that workers get even shares."""
-    execution: Literal["auto", "loop", "vectorized"] = "auto"
-    """How the clients of a chunk are trained; auto: by device and batch size (see `fedsim.learning.training`)."""
+    execution: Literal["auto", "loop", "vectorized", "fused"] = "auto"
+    """How the clients of a chunk are trained; auto: by device, model and batch, see `learning/execution.py`."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """How the loop keeps images and filters; auto: channels-last for the built-in
+    """How images and filters lie in memory, but for `vectorized`; auto: channels-last for the built-in
     convolutional models on a CPU."""
+    precision: Precision = "float32"
+    """`bfloat16`: local training computes in it where it can, by the loop: less exact, and faster where the
+    processor has instructions for it (docs/engine.md has both figures)."""
     gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
     """Fraction of a GPU that a worker takes where there are GPUs."""
     deterministic: bool = False
@@ -127,6 +131,8 @@ class RuntimeConfig(Schema):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.precision == "bfloat16" and self.execution not in ("auto", "loop"):
+            raise ValueError(f"precision: bfloat16 needs execution: loop, not {self.execution}")
         return self
 
 
@@ -191,6 +197,8 @@ class ExperimentConfig(Schema):
         if rigid and set(self.audit.adversaries) != {"naive"}:
             raise ValueError(f"audit.adversaries: only the naive adversary can use the attack {rigid[0]}")
         if self.federation.local_steps != 1:
+            if self.runtime.execution == "fused":
+                raise ValueError("runtime.execution: fused is for one local step only (federation.local_steps: 1)")
             if self.defense.needs_one_local_step():
                 raise ValueError("defense: it is defined for one local step only (federation.local_steps: 1)")
         return self
@@ -198,7 +206,12 @@ class ExperimentConfig(Schema):
     def execution(self, device: torch.device) -> Execution:
         """Return how clients are trained on `device`: as `runtime.execution` says, or by the rule."""
         wanted = self.runtime.execution
-        return choose_execution(device, self.federation.batch_size) if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        if self.runtime.precision == "bfloat16":
+            return "loop"
+        fused_batch = self.model.fused_batch if self.federation.local_steps == 1 else 0
+        return choose_execution(device, self.federation.batch_size, fused_batch)
 
     def memory_format(self, device: torch.device) -> MemoryFormat:
         """Return how the loop keeps images and filters on `device`: as the config says, or by the rule."""

@@ -9,6 +9,7 @@ from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import partition
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import ConfigError
+from fedsim.learning.fused import check_fusable
 from fedsim.privacy import audit
 from fedsim.privacy.observation import Victim
 
@@ -39,6 +40,8 @@ def prepare(config: ExperimentConfig, dataset: Dataset) -> Prepared:
     parts = partition(dataset.train_labels, rest, federation.clients, config.data.partition, config.seed)
     spec = SessionSpec(config, parts, root)
     model = spec.build_model(dataset)
+    if config.runtime.execution == "fused":
+        check_fusable(model)
     rounds = config.audit.rounds if config.attacks else ()
     if config.audit.payload == "probe":
         victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}

@@ -20,7 +20,7 @@ from fedsim.engine.overhead import Overhead
 from fedsim.engine.pool import Faults
 from fedsim.errors import ConfigError
 from fedsim.files import check_folder, write_atomically
-from fedsim.learning.training import Execution
+from fedsim.learning.execution import Execution
 from fedsim.privacy.audit import AuditRow
 
 ROUND_COLUMNS = ("local_seconds", "defense_seconds", "aggregate_seconds", "compensate_seconds", "idle_seconds")

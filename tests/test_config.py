@@ -28,6 +28,8 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
         (["federation.clients=5"], ["federation", "clients_per_round is 10", "5 clients"]),
         (["federation.over_sampling=11"], ["federation", "over_sampling asks for 110", "there are 100"]),
         (["federation.dropout=1"], ["federation.dropout", "less than 1"]),
+        (["runtime={precision: bfloat16, execution: fused}"], ["runtime", "bfloat16 needs execution: loop"]),
+        (["runtime.execution=fused", "federation.local_steps=2"], ["runtime.execution", "one local step only"]),
         (
             ["federation.stragglers={name: gauss}"],
             ["federation.stragglers: unknown name", "exponential, lognormal"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
@@ -15,7 +15,6 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import ConfigError, RunError
 from fedsim.learning.batches import ImageStore
-from fedsim.learning.training import VECTORIZED_BATCH
 from fedsim.preparation import prepare
 from fedsim.simulation import Simulation
 from tests.conftest import small_experiment
@@ -36,12 +35,32 @@ def test_a_finished_run_is_read_back_not_run_again(runtime: Runtime, digits: Dat
 
 
 def test_a_run_tells_how_its_clients_were_trained(runtime: Runtime, digits: Dataset) -> None:
-    by_batch = {VECTORIZED_BATCH: "vectorized", VECTORIZED_BATCH + 1: "loop"}
-    for batch, execution in by_batch.items():
+    for batch, execution in {2: "vectorized", 3: "fused", 16: "fused", 17: "loop"}.items():
         config = small_experiment(federation={"rounds": 1, "batch_size": batch})
         assert Simulation(config, runtime=runtime, dataset=digits).run().summary["execution"] == execution
     config = small_experiment(federation={"rounds": 1, "batch_size": 1}, runtime={"execution": "loop"})
     assert Simulation(config, runtime=runtime, dataset=digits).run().summary["execution"] == "loop"
+
+
+def test_a_model_that_cannot_be_fused_is_refused_before_anything_starts(digits: Dataset) -> None:
+    layers = {"name": "custom", "factory": "tests.test_simulation:scaled"}
+    with pytest.raises(ConfigError, match="fused needs linear layers and plain convolutions, not 1.scale"):
+        Simulation(small_experiment(model=layers, runtime={"execution": "fused"}), dataset=digits)
+
+
+class Scaled(nn.Module):
+    """A layer with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def scaled(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), Scaled(), nn.Linear(int(np.prod(shape)), classes))
 
 
 def test_an_occupied_folder_is_refused(runtime: Runtime, digits: Dataset, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import RunError
-from fedsim.learning.training import Execution
+from fedsim.learning.execution import Execution
 from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 

@@ -16,8 +16,9 @@ from fedsim.data.datasets import Dataset
 from fedsim.data.partitions import Partition
 from fedsim.defenses.base import ClientBatch, ClientContext, Defense, Public
 from fedsim.learning.batches import ImageStore, Indices, local_batches
+from fedsim.learning.execution import build_trainer
 from fedsim.learning.models import Model, build_model
-from fedsim.learning.training import LocalTrainer, build_trainer
+from fedsim.learning.training import LocalTrainer
 from fedsim.participation import Participation, participation
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
 
@@ -126,7 +127,7 @@ class Session:
     def trainer(self) -> LocalTrainer:
         """The local trainer in the execution that the config or the rule chose."""
         config, device = self.spec.config, self.device
-        ways = config.execution(device), config.memory_format(device)
+        ways = config.execution(device), config.memory_format(device), config.runtime.precision
         return build_trainer(self.model, self.train_data, config.federation.learning_rate, *ways)
 
     def client_context(

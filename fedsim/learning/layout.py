@@ -56,7 +56,7 @@ class ParameterLayout:
         """Split `vector` of shape [..., d] into named views of shape [..., *parameter shape]."""
         parts = vector.split(self.sizes, dim=-1)
         lead = vector.shape[:-1]
-        return {n: p.reshape(*lead, *s) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
+        return {n: p.reshape((*lead, *s)) for n, p, s in zip(self.names, parts, self.shapes, strict=True)}
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Join parameter-shaped tensors, in layout order, into one vector of shape [d]."""

@@ -1,4 +1,8 @@
-"""The models of the tables, each for 1×28×28 and 3×32×32 input, and a user's own."""
+"""The models of the tables, each for 1×28×28 and 3×32×32 input, and a user's own.
+
+Two facts about a model choose how clients are trained on a CPU: whether its kernels gain from images that lie
+channels-last, and up to which local batch one pass for all clients (`fused`) pays, 0 for never.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,6 +27,7 @@ class LeNetConfig(Schema):
     """The LeNet of DLG (Zhu et al., NeurIPS 2019): three 5×5 convolutions, sigmoids, one linear layer."""
 
     channels_last: ClassVar[bool] = True
+    fused_batch: ClassVar[int] = 16
     name: Literal["lenet"] = "lenet"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -36,6 +41,7 @@ class LeNet4Config(Schema):
     """The LeNet of Soteria (Sun et al., CVPR 2021): as `lenet`, with a fourth convolution of stride 1."""
 
     channels_last: ClassVar[bool] = True
+    fused_batch: ClassVar[int] = 16
     name: Literal["lenet4"] = "lenet4"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -49,6 +55,7 @@ class ConvNet64Config(Schema):
     """ConvNet of width 64 (Geiping et al., NeurIPS 2020; listed in the slides): 2,904,970 parameters on CIFAR."""
 
     channels_last: ClassVar[bool] = True
+    fused_batch: ClassVar[int] = 0
     name: Literal["convnet64"] = "convnet64"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -62,6 +69,7 @@ class MLPConfig(Schema):
     """Fully connected layers with ReLU on the flattened image, which the first one's gradient gives away."""
 
     channels_last: ClassVar[bool] = False
+    fused_batch: ClassVar[int] = 1_000_000
     name: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = Field(default=(256,), min_length=1)
     """Widths of the hidden layers."""
@@ -81,6 +89,7 @@ class CustomModelConfig(Schema):
     """A model of your own: `factory` names a callable `(shape, classes) -> torch.nn.Module`."""
 
     channels_last: ClassVar[bool] = False
+    fused_batch: ClassVar[int] = 0
     name: Literal["custom"] = "custom"
     factory: str
     """`module:function`; it gets the image shape (C, H, W), the number of classes and `options`."""

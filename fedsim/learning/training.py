@@ -1,10 +1,6 @@
-"""Local training of the clients of one chunk, two ways behind one interface.
+"""Local training of the clients of one chunk: one after the other, or as one `torch.func` computation.
 
-`LoopTrainer` trains one client after the other with ordinary autograd; `VectorizedTrainer` trains all of
-them as one `torch.func` computation. The rule that chooses (`choose_execution`) looks at the device and the
-batch size only, so that the same run always takes the same path. On a CPU at one thread, vectorising pays
-for small batches alone: `benchmarks/engine.py` measures it. There the loop keeps the images and filters of the
-convolutional models channels-last, whose kernels are faster: `benchmarks/local_step.py`.
+`fused` has a third way behind the same interface, and `execution` chooses.
 
 An update is in gradient units: the local displacement divided by the local learning rate. With one local
 step it is the gradient of the batch itself, so that a noise level means the same for FedSGD and FedAvg.
@@ -16,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -25,10 +22,8 @@ from fedsim.learning.batches import ImageStore, Indices
 from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
 
-Execution = Literal["loop", "vectorized"]
 MemoryFormat = Literal["contiguous", "channels_last"]
-VECTORIZED_BATCH = 8
-"""Largest local batch at which vectorising over clients wins on a CPU."""
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,11 @@ class LocalResult:
             torch.cat([part.statistics for part in parts]),
         )
 
+    def select(self, rows: NDArray[np.int64]) -> "LocalResult":
+        """Return the clients of some rows, in that order."""
+        at = torch.from_numpy(rows)
+        return LocalResult(self.updates[at], self.losses[at], self.statistics[at])
+
 
 class LocalTrainer(Protocol):
     """Trains the clients of a chunk from the same weights."""
@@ -61,55 +61,6 @@ class LocalTrainer(Protocol):
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """Train K clients from `weights` [d]; `schedules[k]` lists the batches of client k."""
         ...
-
-
-def choose_execution(device: torch.device, batch_size: int) -> Execution:
-    """Return the faster execution for this device and local batch size."""
-    return "vectorized" if device.type == "cuda" or batch_size <= VECTORIZED_BATCH else "loop"
-
-
-def choose_memory_format(device: torch.device, takes_channels_last: bool) -> MemoryFormat:
-    """Return the faster memory format for this device and a model that takes channels-last images or not."""
-    return "channels_last" if device.type == "cpu" and takes_channels_last else "contiguous"
-
-
-def build_trainer(
-    model: Model,
-    data: ImageStore,
-    learning_rate: float,
-    execution: Execution,
-    memory_format: MemoryFormat = "contiguous",
-) -> LocalTrainer:
-    """Return the trainer of the wanted execution; on a GPU it makes do with the memory that there is.
-
-    `memory_format` is the loop's; the vectorised execution leaves tensors as they are.
-    """
-    trainer: LocalTrainer
-    if execution == "loop":
-        trainer = LoopTrainer(model, data, learning_rate, memory_format)
-    else:
-        trainer = VectorizedTrainer(model, data, learning_rate)
-    return HalvingTrainer(trainer) if data.images.is_cuda else trainer
-
-
-class HalvingTrainer:
-    """Trains a chunk in two halves, and these likewise, when the memory of the device runs out."""
-
-    def __init__(self, trainer: LocalTrainer) -> None:
-        """Train by `trainer`."""
-        self.trainer = trainer
-
-    def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
-        """See `LocalTrainer.train`; a single client that does not fit raises torch.OutOfMemoryError."""
-        try:
-            return self.trainer.train(weights, schedules)
-        except torch.OutOfMemoryError:
-            if len(schedules) == 1:
-                raise
-        # Outside the except block, where the failed attempt's tensors are no longer held by its traceback.
-        torch.cuda.empty_cache()
-        middle = len(schedules) // 2
-        return LocalResult.join([self.train(weights, half) for half in (schedules[:middle], schedules[middle:])])
 
 
 class LoopTrainer:
@@ -124,12 +75,16 @@ class LoopTrainer:
         data: ImageStore,
         learning_rate: float,
         memory_format: MemoryFormat = "contiguous",
+        precision: Precision = "float32",
     ) -> None:
-        """Prepare the flat weights and gradients; `learning_rate` is the clients'."""
+        """Prepare the flat weights and gradients; `learning_rate` is the clients'.
+
+        With the precision bfloat16 kernels compute in it where PyTorch's autocast allows; weights stay float32.
+        """
         self.module = copy.deepcopy(model.module).train()
         self.normalizers = tuple(batch_norm.layers(self.module))
         self.data, self.learning_rate = data, learning_rate
-        self.channels_last = memory_format == "channels_last"
+        self.channels_last, self.autocast = memory_format == "channels_last", precision == "bfloat16"
         device = data.images.device
         self.weights = torch.zeros(model.layout.dimension, device=device)
         self.gradient = torch.zeros_like(self.weights)
@@ -177,7 +132,8 @@ class LoopTrainer:
             if self.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             self.gradient.zero_()
-            loss = F.cross_entropy(self.module(images), labels)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = F.cross_entropy(self.module(images), labels)
             loss.backward()
             total += loss.detach()
             if len(batches) > 1:

@@ -31,6 +31,12 @@ def test_views_of_a_matrix_keep_the_leading_dimension() -> None:
     assert torch.equal(layout.flatten([v[1] for v in views.values()]), rows[1])
 
 
+def test_a_parameter_may_be_a_single_number() -> None:
+    layout = ParameterLayout(("weight", "scale"), ((2,), ()))
+    assert layout.views(torch.arange(3.0))["scale"].item() == 2.0
+    assert layout.views(torch.arange(6.0).reshape(2, 3))["scale"].tolist() == [2.0, 5.0]
+
+
 def test_unknown_parameter_lists_the_valid_ones() -> None:
     with pytest.raises(KeyError, match="0.weight"):
         ParameterLayout.of(MODULE).span("fc.weight")

@@ -7,15 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from fedsim.learning.batches import ImageStore, Indices, local_batches
+from fedsim.learning.execution import HalvingTrainer, choose_execution, choose_memory_format
+from fedsim.learning.fused import FusedTrainer
 from fedsim.learning.models import ConvNet64Config, CustomModelConfig, LeNetConfig, Model, build_model
-from fedsim.learning.training import (
-    HalvingTrainer,
-    LocalResult,
-    LoopTrainer,
-    VectorizedTrainer,
-    choose_execution,
-    choose_memory_format,
-)
+from fedsim.learning.training import LocalResult, LoopTrainer, VectorizedTrainer
 
 RATE = 0.1
 
@@ -45,11 +40,18 @@ def plain_update(model: Model, data: ImageStore, weights: torch.Tensor, batches:
     return (weights - end) / RATE
 
 
-TRAINERS = [LoopTrainer, partial(LoopTrainer, memory_format="channels_last"), VectorizedTrainer]
+TRAINERS = [
+    LoopTrainer,
+    VectorizedTrainer,
+    partial(LoopTrainer, memory_format="channels_last"),
+    FusedTrainer,
+    partial(FusedTrainer, memory_format="channels_last"),
+]
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("trainer", "steps"), [(trainer, 1) for trainer in TRAINERS] + [(trainer, 3) for trainer in TRAINERS[:3]]
+)
 def test_updates_are_those_of_plain_sgd(trainer: Any, steps: int, model: Model, data: ImageStore) -> None:
     weights = model.initial_weights()
     rng = np.random.default_rng(1)
@@ -114,6 +116,14 @@ def test_channels_last_is_for_models_that_take_it_on_a_cpu() -> None:
     assert choose_memory_format(torch.device("cuda"), LeNetConfig.channels_last) == "contiguous"
 
 
+def test_bfloat16_is_near(model: Model, data: ImageStore) -> None:
+    weights, schedules = model.initial_weights(), [[np.arange(16)]]
+    exact = LoopTrainer(model, data, RATE).train(weights, schedules)
+    rough = LoopTrainer(model, data, RATE, precision="bfloat16").train(weights, schedules)
+    assert rough.updates.dtype == torch.float32
+    assert 0 < (rough.updates - exact.updates).norm() < 0.02 * exact.updates.norm()
+
+
 def test_batch_norm_is_the_same_channels_last() -> None:
     model = build_model(ConvNet64Config(), (3, 32, 32), 10, seed=0)
     images = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
@@ -125,10 +135,22 @@ def test_batch_norm_is_the_same_channels_last() -> None:
     assert (last.updates - plain.updates).norm() < 1e-3 * plain.updates.norm()
 
 
-def test_execution_depends_on_device_and_batch_only() -> None:
-    assert choose_execution(torch.device("cpu"), 32) == "loop"
-    assert choose_execution(torch.device("cpu"), 1) == "vectorized"
-    assert choose_execution(torch.device("cuda"), 32) == "vectorized"
+@pytest.mark.parametrize(
+    ("device", "batch", "fused_batch", "expected"),
+    [
+        ("cuda", 32, 16, "vectorized"),
+        ("cpu", 2, 16, "vectorized"),
+        ("cpu", 8, 0, "vectorized"),
+        ("cpu", 8, 16, "fused"),
+        ("cpu", 16, 16, "fused"),
+        ("cpu", 17, 16, "loop"),
+        ("cpu", 32, 0, "loop"),
+    ],
+)
+def test_execution_depends_on_device_batch_and_model(
+    device: str, batch: int, fused_batch: int, expected: str
+) -> None:
+    assert choose_execution(torch.device(device), batch, fused_batch) == expected
 
 
 def test_epochs_visit_every_image_once_each() -> None:

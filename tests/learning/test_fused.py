@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.errors import ConfigError
+from fedsim.learning import fused
+from fedsim.learning.batches import ImageStore
+from fedsim.learning.fused import FusedTrainer, check_fusable
+from fedsim.learning.models import ConvNet64Config, MLPConfig, Model, build_model
+
+SHAPE = (2, 6, 5)
+
+
+def store(images: int = 40) -> ImageStore:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, *SHAPE), dtype=np.uint8)
+    return ImageStore.of(pixels, rng.integers(0, 3, images), "cpu")
+
+
+class Grouped(nn.Module):
+    """Dilation, groups, no bias, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Linear(4 * 6 * 5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.twice(torch.relu(self.twice(self.first(x)))))
+        return self.last(x.flatten(1))
+
+
+def models() -> list[Model]:
+    torch.manual_seed(0)
+    return [Model(Grouped(), SHAPE, 3), build_model(MLPConfig(hidden=(7,)), SHAPE, 3, seed=0)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    number=st.integers(0, 1),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    images=st.integers(1, 20),
+    memory_format=st.sampled_from(["contiguous", "channels_last"]),
+)
+def test_each_client_gets_the_gradient_of_its_own_batch(
+    number: int, sizes: list[int], images: int, memory_format: str
+) -> None:
+    model, data = models()[number], store()
+    weights = model.initial_weights()
+    rng = np.random.default_rng(len(sizes))
+    schedules = [[rng.choice(40, size, replace=False)] for size in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "IMAGES", images)
+        result = FusedTrainer(model, data, 0.1, memory_format).train(weights, schedules)  # type: ignore[arg-type]
+    for row, loss, (batch,) in zip(result.updates, result.losses, schedules, strict=True):
+        x, y = data.take(batch)
+        at = weights.clone().requires_grad_()
+        expected = F.cross_entropy(model.logits(at, x), y)
+        (gradient,) = torch.autograd.grad(expected, at)
+        assert torch.allclose(row, gradient, atol=1e-6)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_what_couples_images_or_is_no_plain_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fused needs linear layers and plain convolutions, not bn0.weight"):
+        check_fusable(build_model(ConvNet64Config(), (3, 32, 32), 10, seed=0))
+    reflecting = nn.Sequential(
+        nn.Conv2d(2, 1, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(30, 3)
+    )
+    with pytest.raises(ConfigError, match="0.weight"):
+        check_fusable(Model(reflecting, SHAPE, 3))
