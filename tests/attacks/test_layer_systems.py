@@ -13,6 +13,11 @@ from fedsim.learning.models import Model
 from tests.attacks.problems import double, rand
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (2, 3, 1), (5, 2, 2)])
 def test_the_true_input_fulfils_every_equation(kernel, stride, padding):
     conv = nn.Conv2d(2, 3, kernel, stride, padding)

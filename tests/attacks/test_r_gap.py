@@ -18,6 +18,11 @@ from tests.attacks.problems import Perceptron, double, lenet, observe, rand, vic
 SHAPE = (1, 12, 12)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def found_in(model, images, labels, **settings):
     return RGAPConfig(**settings).build().reconstruct(observe(model, images, labels))
 
@@ -58,7 +63,7 @@ def chains(draw):
 
 
 @given(chains(), st.integers(0, 50))
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 def test_full_rank_in_every_layer_means_an_exact_image(case, seed):
     module, shape = case
     model = double(Model(module, shape, 10))
