@@ -32,6 +32,8 @@ class Auditor:
         self.audits: list[AuditResult] = []
         self.public = prepared.public
         self._learned: dict[tuple[int, bool, int], Any] = {}
+        known = self.config.audit.local_learning_rate == "known"
+        self.rate = self.config.federation.learning_rate if known else None
 
     def reload(self) -> None:
         """Read back what an earlier process has kept."""
@@ -50,6 +52,8 @@ class Auditor:
             return
         self._learned = {}
         payload = self.federation.probe(round_, victims)
+        if self.rate is None:
+            payload = payload.moved(self.config.federation.learning_rate)
         truth = audit.GroundTruth.of(self._images(), victims)
         for number, adversary, strategy in self._trials():
             if not self._audited(self.config.attacks[number].title, adversary, strategy, round_):
@@ -83,7 +87,7 @@ class Auditor:
             batch_size=truth.labels.shape[1],
             labels=truth.labels.numpy() if settings.knows_labels else None,
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
-            local=LocalTraining(victims[0].steps, self.config.federation.learning_rate),
+            local=LocalTraining(victims[0].steps, self.rate),
             adversary=adversary,
             strategy=strategy,
         )

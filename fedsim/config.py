@@ -85,6 +85,9 @@ class AuditConfig(Schema):
     payload: Literal["probe", "training"] = "probe"
     """`probe`: a protected gradient of `batch_size` images; `training`: the very update that a client contributes,
     whose local steps the attacker simulates."""
+    local_learning_rate: Literal["known", "estimated"] = "known"
+    """Whether the attacker knows the clients' learning rate; if not, it sees how far the weights were moved, not
+    by which gradient, and estimates the rate. For the naive adversary alone: the others' strategies need it."""
     adversaries: tuple[Adversary, ...] = Field(default=("naive",), min_length=1)
     """What the attacker knows of the defense; `naive`: not that there is one; `adaptive`: the scheme and its
     public parameters; `oracle`: also what was drawn in secret this round."""
@@ -186,6 +189,10 @@ class ExperimentConfig(Schema):
         if late and self.attacks:
             last = self.federation.rounds
             raise ValueError(f"audit.rounds: {late[0]} is not between 0 (untrained) and {last} (trained)")
+        if self.audit.local_learning_rate == "estimated" and set(self.audit.adversaries) != {"naive"}:
+            raise ValueError(
+                "audit.adversaries: without the local learning rate only the naive adversary is defined"
+            )
         rigid = [attack.title for attack in self.attacks if not attack.takes_strategies]
         if rigid and set(self.audit.adversaries) != {"naive"}:
             raise ValueError(f"audit.adversaries: only the naive adversary can use the attack {rigid[0]}")

@@ -60,9 +60,10 @@ class CheckedPayload:
         """Return one line that says what is about to be attacked."""
         seen = self.observation
         known = "known" if seen.labels is not None else "not known"
+        rate = "; learning rate not known" if seen.local.learning_rate is None else ""
         return (
             f"{self.config.attack.title} on {seen.batch_size} image(s) of {list(seen.model.shape)} behind "
-            f"{seen.gradients.shape[1]:,} parameters of {self.config.model.name}; labels {known}; "
+            f"{seen.gradients.shape[1]:,} parameters of {self.config.model.name}; labels {known}{rate}; "
             f"truth {'given' if self.truth else 'not given'}"
         )
 
@@ -86,6 +87,8 @@ def check_payload(
     observation = _observe(config, payload, model)
     attack = config.attack.build()
     config.attack.check(model, observation.batch_size)
+    if observation.local.learning_rate is None:
+        config.attack.check_unknown_rate()
     if config.attack.knows_labels and observation.labels is None:
         raise ConfigError(
             f"labels: {config.attack.name} assumes that they are known, but neither settings nor {path} give them"
@@ -133,6 +136,7 @@ def _observe(config: PayloadAttackConfig, payload: PayloadFile, model: Model) ->
         statistics = _statistics(payload, model)
     elif weights.averages is not None and sent.averages is not None and config.batch_norm == "train":
         statistics = batch_statistics(weights.averages, sent.averages, model, size, config.momentum)
+    rated = payload.kind != "gradient" or config.local_steps > 1
     scale = InputScale(config)
     if not scale.is_identity:
         model.module.register_forward_pre_hook(scale)
@@ -144,20 +148,22 @@ def _observe(config: PayloadAttackConfig, payload: PayloadFile, model: Model) ->
         statistics=statistics[None],
         labels=None if labels is None else labels[None],
         seeds=(int(numpy_stream(config.seed, Purpose.ATTACK).integers(2**62)),),
-        local=LocalTraining(config.local_steps, config.learning_rate or 1.0),
+        local=LocalTraining(config.local_steps, config.learning_rate if rated else 1.0),
     )
 
 
 def _gradient(config: PayloadAttackConfig, kind: str, weights: Tensor, sent: Tensor) -> Tensor:
-    """Return what was sent in gradient units, [d]."""
+    """Return what was sent in gradient units, [d]; an update at an unknown rate as it is."""
     if kind == "gradient":
+        if config.local_steps > 1 and config.learning_rate is None:
+            raise ConfigError(
+                "learning_rate: several local steps behind a gradient cannot be simulated without it"
+            )
         return sent
-    if config.learning_rate is None:
-        raise ConfigError(f"learning_rate: the payload holds weights {kind}; give the client's rate to divide by")
     displacement = weights - sent if kind == "after" else -sent
     if not displacement.any():
         raise ConfigError("the payload holds no update: nothing has changed between the weights")
-    return displacement / config.learning_rate
+    return displacement / (config.learning_rate or 1.0)
 
 
 def _statistics(payload: PayloadFile, model: Model) -> Tensor:
@@ -259,7 +265,8 @@ def _rows(checked: CheckedPayload, found: Reconstruction) -> list[dict[str, Any]
     if truth is not None and int(truth.labels.min()) >= 0:
         at_truth = checked.attack.matching_loss(observation, truth.images, truth.labels)
     sound = audit.Soundness.of(found, at_truth)
-    common = {
+    rate = {} if found.learning_rates is None else {"learning_rate": float(found.learning_rates[0])}
+    common = rate | {
         "loss": float(found.loss[0]),
         "loss_at_truth": None if at_truth is None else float(at_truth[0]),
         "iterations": int(found.iterations[0]),

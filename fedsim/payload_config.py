@@ -44,7 +44,7 @@ class PayloadAttackConfig(Schema):
     local_steps: int = Field(default=1, ge=1)
     """Local SGD steps behind an update; they share the images evenly."""
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """The client's learning rate; an update divided by it is in gradient units."""
+    """The client's learning rate; an update divided by it is in gradient units. Null: the attack estimates it."""
     attack: AttackConfig = GIAConfig()
     """The attack."""
 
@@ -59,8 +59,6 @@ class PayloadAttackConfig(Schema):
                 raise ValueError(f"{name}: one number, or one for each of the {self.shape[0]} channels")
         if min(self.std) <= 0:
             raise ValueError("std: must be positive")
-        if self.local_steps > 1 and self.learning_rate is None:
-            raise ValueError("learning_rate: several local steps cannot be simulated without it")
         return self
 
 

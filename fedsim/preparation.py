@@ -60,6 +60,8 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
     for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
         for attack in config.attacks:
             attack.check(model, size)
+            if config.audit.local_learning_rate == "estimated":
+                attack.check_unknown_rate()
     sources = {source for attack in config.attacks if (source := attack.public_source)}
     public = {source: public_images(source, dataset, data_dir) for source in sorted(sources)}
     return Prepared(dataset, spec, victims, public)

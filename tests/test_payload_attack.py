@@ -185,7 +185,11 @@ def broken_gradient() -> dict[str, Tensor]:
         ({"labels": torch.tensor([10])}, LENET, "labels: [10] are not all classes between 0 and 9"),
         ({"images": torch.rand(3, *SHAPE)}, LENET, "3 true images for a batch of 1"),
         ({}, [*LENET, "local_steps=2", "learning_rate=0.1"], "cannot be shared evenly by 2 local steps"),
-        ({}, [*LENET, "local_steps=2"], "learning_rate: several local steps"),
+        ({"count": 2}, [*LENET, "local_steps=2"], "learning_rate: several local steps"),
+        ({}, [*LENET, "--attack", "gradinversion"], "batch-norm statistics, but the model has none"),
+        ({}, [*LENET, "--attack", "analytic"], "analytic needs a model that starts with a fully connected layer"),
+        ({"count": 2}, [*LENET, "--attack", "r_gap"], "r_gap inverts single images"),
+        ({}, [*LENET, "--attack", "r_gap", "mean=[0.5]"], "r_gap needs a plain chain"),
         ({}, [*LENET, "range=[1, 0]"], "range"),
         ({}, [*LENET, "mean=[0, 0]"], "mean: one number, or one for each of the 1 channels"),
         ({}, [*LENET, "attack.nmae=gia"], "did you mean 'name'"),
@@ -206,13 +210,12 @@ def test_bad_input_gets_one_line_and_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_update_needs_the_learning_rate_and_must_be_one(
+def test_two_rounds_without_an_update_between_them_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build_model(LeNetConfig(), SHAPE, 10, seed=0).module
     torch.save(model.state_dict(), tmp_path / "same.pt")
     command = ["attack", str(tmp_path / "same.pt"), "--after", str(tmp_path / "same.pt"), *LENET, "labels=[1]"]
-    assert "learning_rate" in fails(command, capsys)
     assert "holds no update" in fails([*command, "learning_rate=0.1"], capsys)
 
 
@@ -236,3 +239,18 @@ def test_an_inverter_learns_from_a_named_data_set_without_the_true_image(
     assert "attack.public: a payload has no test images" in fails(command, capsys)
     wrong = ["attack", str(payload(tmp_path / "one.pt")), *LENET, "--attack", "inverter", "attack.public=digits"]
     assert "public: digits has images of [1, 28, 28], the model takes [1, 12, 12]" in fails(wrong, capsys)
+
+
+def test_a_learning_rate_that_is_left_out_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_model(LeNetConfig(init="uniform"), SHAPE, 10, seed=0).module
+    x, y = smooth_images(2, SHAPE), torch.tensor([3, 7])
+    torch.save(model.state_dict(), tmp_path / "before.pt")
+    update_of(model, x, y, steps=2, rate=0.1)
+    torch.save(model.state_dict(), tmp_path / "after.pt")
+    command = ["attack", str(tmp_path / "before.pt"), "--after", str(tmp_path / "after.pt"), *LENET]
+    command += ["local_steps=2", "labels=[3, 7]", "--output", str(tmp_path)]
+    assert run([*command, "attack.iterations=50"]) == 0
+    assert "learning rate not known" in capsys.readouterr().out
+    rates = pd.read_csv(tmp_path / "attack" / "images.csv")["learning_rate"]
+    assert rates.tolist() == pytest.approx([0.1, 0.1], rel=1e-2)
+    assert "soft labels and an unknown learning rate" in fails([*command, "name=b", "--attack", "dlg"], capsys)

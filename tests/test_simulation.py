@@ -153,12 +153,15 @@ def test_a_private_runtime_leaves_no_process_and_no_file(digits: Dataset) -> Non
     assert not after - before
 
 
-def test_several_local_steps_are_attacked_through_the_clients_training(runtime: Runtime, digits: Dataset) -> None:
+@pytest.mark.parametrize("rate", ["known", "estimated"])
+def test_several_local_steps_are_attacked_through_the_clients_training(
+    rate: str, runtime: Runtime, digits: Dataset
+) -> None:
     """The loss of the truth is zero only if the simulated training is the clients' own."""
     config = small_experiment(
         federation={"rounds": 1, "local_steps": 2, "batch_size": 2},
         attacks=[{"name": "gia", "iterations": 3}],
-        audit={"payload": "training", "victims": 2},
+        audit={"payload": "training", "victims": 2, "local_learning_rate": rate},
     )
     result = Simulation(config, dataset=digits, runtime=runtime).run()
     assert len(result.images) == 8

@@ -11,6 +11,7 @@ from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradinversion import GradInversionConfig
 from fedsim.attacks.idlg import IDLGConfig
 from fedsim.attacks.inverter import InverterConfig
+from fedsim.attacks.r_gap import RGAPConfig
 
 AttackConfig = Annotated[
     DLGConfig
@@ -18,6 +19,7 @@ AttackConfig = Annotated[
     | GIAConfig
     | GradInversionConfig
     | AnalyticConfig
+    | RGAPConfig
     | InverterConfig
     | CustomAttackConfig,
     Field(discriminator="name"),

@@ -1,13 +1,12 @@
 """Analytic inversion: images read off the gradient of a first fully connected layer, without any optimisation."""
 
 import time
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from fedsim.attacks.base import Attack, AttackSettings
+from fedsim.attacks.base import Attack, ClosedFormSettings
 from fedsim.attacks.labels import last_linear, recover_labels
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
@@ -20,22 +19,10 @@ FAINTEST = 1e-6
 """Share of the largest bias gradient below which a neuron's quotient is rounding error."""
 
 
-class AnalyticConfig(AttackSettings):
+class AnalyticConfig(ClosedFormSettings):
     """Division of a first linear layer's weight gradient by its bias gradient (Phong et al., 2018)."""
 
     name: Literal["analytic"] = "analytic"
-
-    @model_validator(mode="after")
-    def _nothing_to_repeat(self) -> Self:
-        for name in ("restarts", "ignore"):
-            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: a closed form has no use for it")
-        return self
-
-    @property
-    def takes_strategies(self) -> bool:
-        """A closed form matches nothing."""
-        return False
 
     def check(self, model: Model, batch_size: int) -> None:
         """See `AttackSettings.check`: the model starts with a linear layer, and ends with one.

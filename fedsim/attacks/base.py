@@ -1,9 +1,9 @@
 """What an attack is: one function from what the server saw to images."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedsim.attacks.distances import Distance, Targets
@@ -118,6 +118,29 @@ class AttackSettings(Schema):
             ConfigError: If it does not.
         """
 
+    def check_unknown_rate(self) -> None:
+        """See that the attack can do without the local learning rate, before any work starts.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+
     def build(self) -> Attack:
         """Return the attack."""
         raise NotImplementedError
+
+
+class ClosedFormSettings(AttackSettings):
+    """Settings of an attack that searches for nothing: it has no restarts, and matches no gradients."""
+
+    @model_validator(mode="after")
+    def _nothing_to_repeat(self) -> Self:
+        for name in ("restarts", "ignore"):
+            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: a closed form has no use for it")
+        return self
+
+    @property
+    def takes_strategies(self) -> bool:
+        """A closed form matches nothing."""
+        return False

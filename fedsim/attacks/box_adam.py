@@ -18,6 +18,7 @@ class BoxAdam:
         images: Where the problems are, shape [M, B, C, H, W].
         victims: The victim that each belongs to, shape [M].
         generators: The random stream of each, length M.
+        rates: The local learning rate that each assumes, shape [M]; None where it is known.
     """
 
     def __init__(self, observation: Observation, restarts: int, iterations: int) -> None:
@@ -30,15 +31,20 @@ class BoxAdam:
         self.images = torch.stack([torch.rand(shape, generator=own) for own in self.generators])
         self.images = self.images.to(observation.weights)
         self.restarts, self.iterations = restarts, iterations
+        self.rates: Tensor | None = None
+        self.best_rates: Tensor | None = None
         self.mean, self.square = torch.zeros_like(self.images), torch.zeros_like(self.images)
         self.best = self.images.clone()
         self.best_loss = self.images.new_full((len(self.images),), torch.inf)
         self.first_loss = self.mark = self.best_loss
         self.done = 0
 
-    def note(self, loss: Tensor) -> None:
-        """Keep the images whose loss [M] is the lowest so far."""
+    def note(self, loss: Tensor, scale: Tensor) -> None:
+        """Keep the images whose loss [M] is the lowest so far; unknown rates go half the way to `scale` [M]."""
         better = loss < self.best_loss
+        if self.rates is not None:
+            kept = self.rates if self.best_rates is None else self.best_rates
+            self.best_rates, self.rates = torch.where(better, self.rates, kept), (self.rates * scale).sqrt()
         self.best_loss = torch.where(better, loss, self.best_loss)
         self.best[better] = self.images[better]
         if self.done == 0:
@@ -73,4 +79,5 @@ class BoxAdam:
             stalled=stalled,
             exhausted=~stalled & (loss < (1 - SIGNIFICANT) * self.mark[chosen]),
             seconds=seconds,
+            learning_rates=None if self.best_rates is None else self.best_rates[chosen],
         )

@@ -15,30 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedsim.attacks.activations import IDENTITY, Activation, activation_of
 from fedsim.attacks.patches import ConvolutionRows, Cutter, LinearRows
 from fedsim.learning.models import Model
 
-Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps v [M, d] to vᵀ∂g/∂images [M, B, C, H, W] and vᵀ∂g/∂probabilities [M, B, classes]."""
+Pullback = Callable[[Tensor], tuple[Tensor, ...]]
+"""Maps v [M, d] to vᵀ∂g/∂images [M, B, C, H, W] and vᵀ∂g/∂probabilities [M, B, classes]; where learning rates are
+given and matter, also to vᵀ∂g/∂rates [M]."""
 
 
-class Activation(NamedTuple):
-    """An elementwise f, with f′ and f″/f′ as functions of a = f(z)."""
-
-    function: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    bend: Callable[[Tensor], Tensor]
-
-
-ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.Identity: Activation(lambda z: z, torch.ones_like, torch.zeros_like),
-    nn.ReLU: Activation(torch.relu, lambda a: (a > 0).to(a.dtype), torch.zeros_like),
-    nn.Sigmoid: Activation(torch.sigmoid, lambda a: a - a * a, lambda a: 1 - 2 * a),
-    nn.Tanh: Activation(torch.tanh, lambda a: 1 - a * a, lambda a: -2 * a),
-}
-
-
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
     """A layer's part of flat vectors [m, d], arranged for products with rows.
 
     Shapes: weight [m, O, K]; bias [m, O], or None for a layer without; transposed [m, K′, C′].
@@ -65,7 +51,7 @@ class _Backward(NamedTuple):
 
 
 @dataclass
-class _Layer:
+class Layer:
     """One affine layer, the names of its parameters, and the activation behind it."""
 
     cutter: Cutter
@@ -73,12 +59,12 @@ class _Layer:
     bias: str | None
     activation: Activation
 
-    def arrange(self, views: dict[str, Tensor]) -> _Entries:
+    def arrange(self, views: dict[str, Tensor]) -> Entries:
         """Take the layer's part of a flat vector's views [m, *shape]."""
         weight, bias = views[self.weight], None if self.bias is None else views[self.bias]
-        return _Entries(self.cutter.order(weight), bias, self.cutter.transposed(weight))
+        return Entries(self.cutter.order(weight), bias, self.cutter.transposed(weight))
 
-    def forward(self, x: Tensor, own: _Entries) -> tuple[Tensor, _Forward]:
+    def forward(self, x: Tensor, own: Entries) -> tuple[Tensor, _Forward]:
         """Return the layer's output and what the other sweeps need."""
         rows = self.cutter.cut(x)
         z = _apply(rows, own.weight.mT, own.bias).view(-1, *self.cutter.output_shape)
@@ -97,18 +83,22 @@ class _Layer:
         found = {self.weight: self.cutter.restore(weight)}
         return found if self.bias is None else found | {self.bias: delta.sum(1)}
 
-    def by_input(self, back: _Backward, own: _Entries) -> Tensor:
+    def by_input(self, back: _Backward, own: Entries) -> Tensor:
         """Return ∂L/∂input."""
         return self.cutter.assemble(_apply(back.rows, own.transposed))
 
-    def r_forward(self, r: Tensor | None, seen: _Forward, own: _Entries, direction: _Entries) -> Tensor:
+    def pull_back(self, delta: Tensor, own: Entries) -> Tensor:
+        """Return ∂L/∂input given δ = ∂L/∂z alone."""
+        return self.by_input(_Backward(delta, self.cutter.cut_back(delta)), own)
+
+    def r_forward(self, r: Tensor | None, seen: _Forward, own: Entries, direction: Entries) -> Tensor:
         """Return the ε-derivative of z, given that of the input (None: the input does not depend on ε)."""
         z = _apply(_by_problem(seen.rows, len(direction.weight)), direction.weight.mT, direction.bias)
         if r is not None:
             z = _add(z, self.cutter.cut(r), own.weight.mT)
         return z.view(-1, *self.cutter.output_shape)
 
-    def r_backward(self, r: Tensor, back: _Backward, own: _Entries, direction: _Entries) -> Tensor:
+    def r_backward(self, r: Tensor, back: _Backward, own: Entries, direction: Entries) -> Tensor:
         """Return the ε-derivative of ∂L/∂input, given that of δ."""
         rows = _apply(_by_problem(back.rows, len(direction.weight)), direction.transposed)
         return self.cutter.assemble(_add(rows, self.cutter.cut_back(r), own.transposed))
@@ -135,18 +125,21 @@ def _by_problem(rows: Tensor, problems: int) -> Tensor:
 class Chain:
     """A model that is a chain of convolutions, linear layers and activations, at fixed weights."""
 
-    def __init__(self, layers: list[_Layer], model: Model, weights: Tensor) -> None:
+    def __init__(self, layers: list[Layer], model: Model, weights: Tensor) -> None:
         """Take flat `weights` [d]; `chain_of` finds the layers."""
         self.layers, self.layout = layers, model.layout
-        self.own = self._arrange(weights[None])
+        self.own = self.arrange(weights[None])
 
     @torch.no_grad()
-    def gradients(self, images: Tensor, probabilities: Tensor) -> tuple[Tensor, Pullback]:
+    def gradients(
+        self, images: Tensor, probabilities: Tensor, rates: Tensor | None = None
+    ) -> tuple[Tensor, Pullback]:
         """Return the parameter gradients of M problems and their pull-back.
 
         Args:
             images: Shape [M, B, C, H, W].
             probabilities: Soft labels, each summing to 1, shape [M, B, classes].
+            rates: Local learning rates, which do not matter for the one step that is taken here.
 
         Returns:
             Gradients of the mean cross-entropy, shape [M, d], in layout order; and their pull-back.
@@ -177,7 +170,7 @@ class Chain:
     def _pull(
         self, v: Tensor, shape: torch.Size, soft: Tensor, seen: list[_Forward], back: list[_Backward]
     ) -> tuple[Tensor, Tensor]:
-        steps = list(zip(self.layers, seen, back, self.own, self._arrange(v), strict=True))
+        steps = list(zip(self.layers, seen, back, self.own, self.arrange(v), strict=True))
         r: Tensor | None = None
         bends: list[Tensor] = []
         for layer, f, b, own, direction in steps:
@@ -192,7 +185,8 @@ class Chain:
             r = layer.r_backward(r * f.slope + bend, b, own, direction)
         return r.view(*shape[:2], *r.shape[1:]).permute(0, 1, 4, 2, 3), by_probabilities
 
-    def _arrange(self, vectors: Tensor) -> list[_Entries]:
+    def arrange(self, vectors: Tensor) -> list[Entries]:
+        """Return each layer's part of flat vectors [m, d]."""
         views = self.layout.views(vectors)
         return [layer.arrange(views) for layer in self.layers]
 
@@ -201,7 +195,7 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
     """Return `model` at flat `weights` [d] as a chain, or None where it is anything but one."""
     channels, height, width = model.shape
     shape: tuple[int, ...] = (height, width, channels)
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     activated = flattened = False
     # Modules that occur twice must be met twice, or the second would go unnoticed.
     for name, module in model.module.named_modules(remove_duplicate=False):
@@ -209,8 +203,9 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
             return None
         if type(module) is nn.Sequential:
             continue
-        if type(module) in ACTIVATIONS and layers and not activated:
-            layers[-1].activation, activated = ACTIVATIONS[type(module)], True
+        activation = activation_of(module)
+        if activation is not None and layers and not activated:
+            layers[-1].activation, activated = activation, True
         elif type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
             flattened = True
         elif (layer := _affine(name, module, shape, flattened, model)) is not None:
@@ -222,7 +217,7 @@ def chain_of(model: Model, weights: Tensor) -> Chain | None:
     return Chain(layers, model, weights) if ends_in_logits else None
 
 
-def _affine(name: str, module: nn.Module, shape: tuple[int, ...], flattened: bool, model: Model) -> _Layer | None:
+def _affine(name: str, module: nn.Module, shape: tuple[int, ...], flattened: bool, model: Model) -> Layer | None:
     if type(module) is nn.Linear and flattened:
         cutter: Cutter = LinearRows(module, shape)
     elif type(module) is nn.Conv2d and not flattened and _is_plain(module):
@@ -232,7 +227,7 @@ def _affine(name: str, module: nn.Module, shape: tuple[int, ...], flattened: boo
     if f"{name}.weight" not in model.layout.names:  # shared with a layer that came before
         return None
     bias = None if module.bias is None else f"{name}.bias"
-    return _Layer(cutter, f"{name}.weight", bias, ACTIVATIONS[nn.Identity])
+    return Layer(cutter, f"{name}.weight", bias, IDENTITY)
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

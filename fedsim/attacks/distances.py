@@ -1,7 +1,7 @@
 """Distances between gradients: how far those of dummy batches are from what the victims sent."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ class Distance(Protocol):
         ...
 
 
+@runtime_checkable
+class Scalable(Distance, Protocol):
+    """A distance that knows which multiple of given gradients is nearest to what was sent."""
+
+    def factor(self, gradients: Tensor, victims: Tensor) -> Tensor:
+        """Return the positive factors [m] of gradients [m, e] that minimise the distance.
+
+        Where no positive factor does, that which gives both sides the same norm is returned.
+        """
+        ...
+
+
 class SquaredError:
     """‖g − t‖² / ‖t‖²: 0 for a perfect match, 1 for a gradient of zero.
 
@@ -46,13 +58,17 @@ class SquaredError:
         """Take what the victims sent; without `relative` there is no division."""
         squares = targets.vectors.square().sum(1)
         self.targets = targets.vectors
-        self.scale = 1 / _positive(squares) if relative else torch.ones_like(squares)
+        self.scale = 1 / positive(squares) if relative else torch.ones_like(squares)
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual, scale = gradients - self.targets[victims], self.scale[victims]
+        residual, scale = gradients - self.targets.index_select(0, victims), self.scale[victims]
         loss = residual.square().sum(1) * scale
         return loss, residual.mul_(2 * scale[:, None])
+
+    def factor(self, gradients: Tensor, victims: Tensor) -> Tensor:
+        """See `Scalable`: ⟨g, t⟩ / ‖g‖²."""
+        return _factor(gradients, gradients, self.targets[victims])
 
 
 class BalancedError:
@@ -66,15 +82,19 @@ class BalancedError:
     def __init__(self, targets: Targets) -> None:
         """Take what the victims sent."""
         norms = torch.stack([part.norm(dim=1) for part in targets.vectors.split(targets.sizes, 1)], 1)
-        weights = 1 / (_positive(norms) * _positive(norms.sum(1, keepdim=True)))
+        weights = 1 / (positive(norms) * positive(norms.sum(1, keepdim=True)))
         sizes = torch.tensor(targets.sizes, device=norms.device)
         self.targets, self.weights = targets.vectors, weights.repeat_interleave(sizes, 1)
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual = gradients - self.targets[victims]
+        residual = gradients - self.targets.index_select(0, victims)
         weighted = residual * self.weights[victims]
         return (weighted * residual).sum(1), weighted.mul_(2)
+
+    def factor(self, gradients: Tensor, victims: Tensor) -> Tensor:
+        """See `Scalable`: as for the squared error, weighted."""
+        return _factor(gradients * self.weights[victims], gradients, self.targets[victims])
 
 
 class CosineDistance:
@@ -88,13 +108,13 @@ class CosineDistance:
 
     def __init__(self, targets: Targets) -> None:
         """Take what the victims sent."""
-        self.directions = targets.vectors / _positive(targets.vectors.norm(dim=1))[:, None]
+        self.directions = targets.vectors / positive(targets.vectors.norm(dim=1))[:, None]
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        norms = _positive(gradients.norm(dim=1))[:, None]
+        norms = positive(gradients.norm(dim=1))[:, None]
         units = gradients / norms
-        residual = units - self.directions[victims]
+        residual = units - self.directions.index_select(0, victims)
         along = (residual * units).sum(1, keepdim=True)
         loss = 0.5 * residual.square().sum(1)
         return loss, residual.sub_(along * units).div_(norms)
@@ -174,5 +194,12 @@ class AbsoluteError:
         return residual.abs().sum((1, 2)) * scale, residual.sign_().sum(1).mul_(scale[:, None])
 
 
-def _positive(norms: Tensor) -> Tensor:
+def positive(norms: Tensor) -> Tensor:
+    """Return norms with 1 in place of 0, to divide by."""
     return torch.where(norms > 0, norms, 1)
+
+
+def _factor(weighted: Tensor, gradients: Tensor, targets: Tensor) -> Tensor:
+    dots, squares = (weighted * targets).sum(1), positive((weighted * gradients).sum(1))
+    norms = targets.norm(dim=1) / positive(gradients.norm(dim=1))
+    return torch.where(dots > 0, dots / squares, norms)

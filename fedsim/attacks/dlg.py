@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.distances import BalancedError, Distance, SquaredError, Targets
-from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found
+from fedsim.attacks.dummies import EXACT, FOUND, MID_GREY, Dummies, Found, refuse_joint
 from fedsim.attacks.gradient_matching import GradientMatching, loss_at
 from fedsim.attacks.labels import labels_from, last_linear
 from fedsim.attacks.lbfgs import LBFGS, minimise
@@ -62,6 +62,10 @@ class DLGConfig(LBFGSAttackSettings):
         """See `AttackSettings.check`: labels are recovered from a last linear layer."""
         if self.labels == "recovered":
             last_linear(model)
+
+    def check_unknown_rate(self) -> None:
+        """See `AttackSettings.check_unknown_rate`: soft labels and the rate are known only together."""
+        refuse_joint(self.labels == "joint")
 
     def build(self) -> Attack:
         """Return the attack."""
@@ -124,7 +128,7 @@ class _Run:
         distance: Callable[[Targets], Distance],
     ) -> None:
         self.observation, self.settings, self.distance = observation, settings, distance
-        self.dummies = Dummies(observation, labels)
+        self.dummies = Dummies(observation, labels, settings.ignore)
         self.matchings: dict[tuple[Callable[[Targets], Distance], torch.dtype], GradientMatching] = {}
 
     def attempt(self, restart: int, victims: Tensor) -> Found:

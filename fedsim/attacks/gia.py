@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.box_adam import BoxAdam
 from fedsim.attacks.distances import AbsoluteError, CosineDistance, Distance, LayerCosine, Targets
-from fedsim.attacks.gradient_matching import GradientMatching, loss_at
+from fedsim.attacks.gradient_matching import GradientMatching, loss_at, rates_by_scale
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.priors import total_variation
 from fedsim.learning.models import Model
@@ -94,10 +94,11 @@ class GIA(Attack):
         search = BoxAdam(observation, settings.restarts, settings.iterations)
         matching = GradientMatching(observation, self.distance, settings.ignore)
         probabilities = one_hot(labels, observation.model.classes, observation.weights)[search.victims]
+        search.rates = rates_by_scale(matching, search.images, probabilities, search.victims)
         for step in range(settings.iterations):
-            match = matching(search.images, probabilities, search.victims)
+            match = matching(search.images, probabilities, search.victims, search.rates)
             variation, gradient = total_variation(search.images)
-            search.note(_objective(match.loss, variation, settings))
+            search.note(_objective(match.loss, variation, settings), match.scale)
             weight = settings.tv * (match.loss if settings.relative_tv else torch.ones_like(variation))
             gradient.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)
             decays = sum(step >= share * settings.iterations for share in DECAY_AT)

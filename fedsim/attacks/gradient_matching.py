@@ -14,7 +14,8 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from fedsim.attacks.chain import Pullback, chain_of
-from fedsim.attacks.distances import Distance, Targets
+from fedsim.attacks.convolutions import FastConvolutions
+from fedsim.attacks.distances import Distance, Scalable, SquaredError, Targets
 from fedsim.attacks.labels import one_hot
 from fedsim.errors import ConfigError
 from fedsim.learning.layout import ParameterLayout
@@ -33,11 +34,16 @@ class Match:
         loss: Distances, shape [m].
         by_images: Their derivatives by the dummy images, shape [m, B, C, H, W].
         by_probabilities: Their derivatives by the dummy's soft labels, shape [m, B, classes].
+        by_log_rate: Their derivatives by the logarithms of the assumed learning rates, shape [m].
+        scale: The factor of the dummies' gradients that comes closest to what was sent, shape [m]: an estimate of
+            the learning rate where that is unknown.
     """
 
     loss: Tensor
     by_images: Tensor
     by_probabilities: Tensor
+    by_log_rate: Tensor
+    scale: Tensor
 
 
 class GradientMatching:
@@ -74,36 +80,55 @@ class GradientMatching:
         if self.scale is not None:
             targets = targets * self.scale
         sizes = tuple(span.stop - span.start for span in self.spans)
-        self.distance = distance(Targets(targets, sizes, None if self.whole else tuple(self.spans)))
-        chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
-        self.engine = chain or Autodiff(observation.model, weights, observation.local)
-        self.dimension = len(weights)
+        sent = Targets(targets, sizes, None if self.whole else tuple(self.spans))
+        self.distance = distance(sent)
+        self.nearest = self.distance if isinstance(self.distance, Scalable) else SquaredError(sent)
         one = len(weights) * weights.element_size() * observation.batch_size
         self.piece = max(1, PIECE_BYTES.get(weights.device.type, PIECE_BYTES["cpu"]) // one)
+        chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
+        self.engine = chain or Autodiff(observation.model, weights, observation.local, singly=self.piece == 1)
+        self.dimension, self.rate = len(weights), observation.local.learning_rate
 
-    def __call__(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> Match:
+    def __call__(
+        self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor | None = None
+    ) -> Match:
         """Evaluate m problems.
 
         Args:
             images: Dummy images, shape [m, B, C, H, W].
             probabilities: Their soft labels, each summing to 1, shape [m, B, classes].
             victims: The victim that each problem belongs to, shape [m].
+            rates: The local learning rates to assume in the client's steps, shape [m], where the attacker does not
+                know it. What was sent is then matched by the nearest multiple of the gradients, or if the distance
+                does not know that, by the gradients times these.
         """
-        inputs = zip(*(torch.split(t, self.piece) for t in (images, probabilities, victims)), strict=True)
+        rates = torch.ones_like(images[:, 0, 0, 0, 0]) if rates is None else rates
+        inputs = zip(*(torch.split(t, self.piece) for t in (images, probabilities, victims, rates)), strict=True)
         parts = [self._piece(*part) for part in inputs]
-        loss, by_images, by_probabilities = (torch.cat(values) for values in zip(*parts, strict=True))
-        return Match(loss, by_images, by_probabilities)
+        return Match(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
-    def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gradients, pullback = self.engine.gradients(images, probabilities)
+    def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
+        unknown = rates if self.rate is None else None
+        gradients, pullback = self.engine.gradients(images, probabilities, unknown)
         selected = self._select(gradients)
-        if self.scale is None:
+        if self.scale is not None:
+            selected = selected * self.scale[victims]
+        factor = by_log_rate = torch.zeros_like(rates)
+        if unknown is None:
             loss, by_selected = self.distance(selected, victims)
         else:
-            scale = self.scale[victims]
-            loss, by_selected = self.distance(selected * scale, victims)
-            by_selected = by_selected * scale
-        return loss, *pullback(self._spread(by_selected))
+            factor = self.nearest.factor(selected, victims)
+            # Where the nearest multiple has a closed form, the loss does not depend on the factor to first order.
+            used = factor if isinstance(self.distance, Scalable) else rates
+            loss, by_moved = self.distance(selected * used[:, None], victims)
+            by_selected = by_moved * used[:, None]
+            if used is not factor:
+                by_log_rate = (by_selected * selected).sum(1)
+        if self.scale is not None:
+            by_selected = by_selected * self.scale[victims]
+        by_images, by_probabilities, *by_rates = pullback(self._spread(by_selected))
+        by_log_rate = sum((by_rate * rates for by_rate in by_rates), by_log_rate)
+        return loss, by_images, by_probabilities, by_log_rate, factor
 
     def _select(self, vectors: Tensor) -> Tensor:
         return vectors if self.whole else torch.cat([vectors[:, span] for span in self.spans], 1)
@@ -130,7 +155,36 @@ def loss_at(
     matching = GradientMatching(observation, distance, ignore)
     probabilities = one_hot(labels, observation.model.classes, observation.weights)
     victims = torch.arange(observation.victims, device=observation.weights.device)
-    return matching(images.to(observation.weights), probabilities, victims).loss
+    images = images.to(observation.weights)
+    return matching(images, probabilities, victims, rates_by_scale(matching, images, probabilities, victims)).loss
+
+
+ROUNDS = 8
+"""Secant steps by which a learning rate is estimated from the scale of what was sent."""
+
+
+def rates_by_scale(
+    matching: GradientMatching, images: Tensor, probabilities: Tensor, victims: Tensor
+) -> Tensor | None:
+    """Estimate the local learning rates [m] of problems from the scale of what was sent; None if it is known.
+
+    An update of several steps is η·G(η), G the sum of the gradients along the way. The map η ↦ s(η) =
+    ⟨G(η), sent⟩ / ‖G(η)‖² has the true rate for a fixed point where the images are the true ones, and one near to
+    it where they are not: the last layer's gradient, the largest, depends on the labels more than on the images.
+    """
+    if matching.rate is not None:
+        return None
+    before = torch.zeros_like(images[:, 0, 0, 0, 0])
+    rates = matching(images, probabilities, victims, before).scale
+    gap_before = rates
+    for _ in range(ROUNDS):
+        scale = matching(images, probabilities, victims, rates).scale
+        gap = scale - rates
+        # Where rates change the gradients a lot, going to s(η) itself would not come to rest.
+        step = rates - gap * (rates - before) / (gap - gap_before)
+        before, gap_before = rates, gap
+        rates = torch.where(torch.isfinite(step) & (step > 0), step, scale)
+    return rates
 
 
 class Autodiff:
@@ -139,33 +193,58 @@ class Autodiff:
     Source: Geiping et al., "Inverting Gradients", NeurIPS 2020, section 6 (federated averaging).
     """
 
-    def __init__(self, model: Model, weights: Tensor, local: LocalTraining = ONE_STEP) -> None:
-        """Take flat `weights` [d] and the local training; each step uses the next of the images, evenly shared."""
+    def __init__(
+        self, model: Model, weights: Tensor, local: LocalTraining = ONE_STEP, singly: bool = False
+    ) -> None:
+        """Differentiate at flat `weights` [d].
+
+        Args:
+            model: The architecture.
+            weights: Flat weights [d].
+            local: The local training; each step uses the next of the images, evenly shared.
+            singly: Whether `gradients` always gets one problem: then nothing is vectorised, and convolutions can
+                be differentiated the faster way.
+        """
 
         def loss(weights: Tensor, images: Tensor, probabilities: Tensor) -> Tensor:
             return F.cross_entropy(model.logits(weights, images), probabilities)
 
-        def update(weights: Tensor, images: Tensor, probabilities: Tensor) -> Tensor:
+        def update(weights: Tensor, images: Tensor, probabilities: Tensor, rate: Tensor | float | None) -> Tensor:
+            assert rate is not None
             batches = zip(*(t.chunk(local.steps) for t in (images, probabilities)), strict=True)
             total = torch.zeros_like(weights)
             for batch in batches:
-                total = total + grad(loss)(weights - local.learning_rate * total, *batch)
+                total = total + grad(loss)(weights - rate * total, *batch)
             return total
 
-        one = grad(loss) if local.steps == 1 else update
-        self.weights, self.gradient = weights, vmap(one, in_dims=(None, 0, 0))
+        self.weights, self.rate, self.singly = weights, local.learning_rate, singly
+        self.one: Callable[..., Tensor] = update
+        if local.steps == 1:
+            self.one = lambda *arguments: grad(loss)(*arguments[:3])
 
-    def gradients(self, images: Tensor, probabilities: Tensor) -> tuple[Tensor, Pullback]:
-        """See `Chain.gradients`."""
+    def gradients(
+        self, images: Tensor, probabilities: Tensor, rates: Tensor | None = None
+    ) -> tuple[Tensor, Pullback]:
+        """See `Chain.gradients`; with `rates` [M], the local learning rates, the pull-back also gives theirs."""
         with torch.enable_grad():
-            inputs = images.detach().requires_grad_(), probabilities.detach().requires_grad_()
-            gradients = self.gradient(self.weights, *inputs)
+            given = (images, probabilities) if rates is None else (images, probabilities, rates)
+            inputs = [tensor.detach().requires_grad_() for tensor in given]
+            gradients = self._every(*inputs)
 
-        def pullback(v: Tensor) -> tuple[Tensor, Tensor]:
-            by_images, by_probabilities = torch.autograd.grad(gradients, inputs, v)
-            return by_images, by_probabilities
+        def pullback(v: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(gradients, inputs, v, materialize_grads=True)
 
         return gradients.detach(), pullback
+
+    def _every(self, images: Tensor, probabilities: Tensor, rates: Tensor | float | None = None) -> Tensor:
+        rates = self.rate if rates is None else rates
+        if self.singly:
+            rate = rates[0] if isinstance(rates, Tensor) else rates
+            with FastConvolutions():
+                return self.one(self.weights, images[0], probabilities[0], rate)[None]
+        dims = None, 0, 0, 0 if isinstance(rates, Tensor) else None
+        found: Tensor = vmap(self.one, in_dims=dims)(self.weights, images, probabilities, rates)
+        return found
 
 
 def kept_parameters(layout: ParameterLayout, ignore: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from torch.func import vmap
 from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.box_adam import BoxAdam
 from fedsim.attacks.distances import Distance, SquaredError, Targets
-from fedsim.attacks.gradient_matching import GradientMatching
+from fedsim.attacks.gradient_matching import GradientMatching, rates_by_scale
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.priors import total_variation
 from fedsim.errors import ConfigError
@@ -91,7 +91,9 @@ class GradInversion(Attack):
         victims = torch.arange(observation.victims, device=observation.weights.device)
         probabilities = one_hot(labels, observation.model.classes, observation.weights)
         objective = _Objective(observation, self.distance, self.settings)
-        return objective(images.to(observation.weights), probabilities, victims)[0]
+        images = images.to(observation.weights)
+        rates = rates_by_scale(objective.matching, images, probabilities, victims)
+        return objective(images, probabilities, victims, rates)[0]
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
         """Attack all victims × restarts at once; see `Attack`."""
@@ -105,11 +107,12 @@ class GradInversion(Attack):
         search = BoxAdam(observation, settings.restarts, settings.iterations)
         objective = _Objective(observation, self.distance, settings)
         probabilities = one_hot(labels, observation.model.classes, observation.weights)[search.victims]
+        search.rates = rates_by_scale(objective.matching, search.images, probabilities, search.victims)
         for step in range(settings.iterations):
-            loss, gradient, scale = objective(search.images, probabilities, search.victims)
-            search.note(loss)
+            loss, gradient, unit, scale = objective(search.images, probabilities, search.victims, search.rates)
+            search.note(loss, scale)
             _, pull = group_distance(search.images, settings.restarts)
-            gradient.add_(pull.mul_((settings.group * scale).view(-1, 1, 1, 1, 1)))
+            gradient.add_(pull.mul_((settings.group * unit).view(-1, 1, 1, 1, 1)))
             rate = self._rate(step)
             search.move(gradient.nan_to_num_(), rate)
             search.shake(settings.noise * rate)
@@ -189,15 +192,17 @@ class _Objective:
         self.matching = GradientMatching(observation, distance, settings.ignore)
         self.statistics = StatisticsError(observation)
 
-    def __call__(self, images: Tensor, probabilities: Tensor, victims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses [m], their direction [m, B, C, H, W], and the unit of relative weights [m]."""
-        match = self.matching(images, probabilities, victims)
+    def __call__(
+        self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return losses [m], their direction [m, B, C, H, W], the unit of the weights [m], and `Match.scale`."""
+        match = self.matching(images, probabilities, victims, rates)
         errors, slopes = zip(*map(self.statistics, *self._pieces(images, victims)), strict=True)
         open_ = match.loss + self.settings.statistics * torch.cat(errors)
         variation, gradient = total_variation(images)
         gradient.mul_((self.settings.tv * open_).view(-1, 1, 1, 1, 1)).add_(match.by_images)
         gradient.add_(torch.cat(slopes), alpha=self.settings.statistics)
-        return open_ * (self.settings.tv * variation).exp(), gradient, open_
+        return open_ * (self.settings.tv * variation).exp(), gradient, open_, match.scale
 
     def _pieces(self, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tensor.split(self.matching.piece) for tensor in tensors)

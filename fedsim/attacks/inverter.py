@@ -76,6 +76,10 @@ class InverterConfig(AttackSettings):
         if batch_size > MOST_IMAGES:
             raise ConfigError(f"inverter: at most {MOST_IMAGES} images a gradient, not {batch_size}")
 
+    def check_unknown_rate(self) -> None:
+        """See `AttackSettings.check_unknown_rate`: the public gradients are made at the clients' rate."""
+        raise ConfigError("inverter: it trains on local steps at the clients' learning rate, which must be known")
+
     def build(self) -> Attack:
         """Return the attack."""
         return Inverter(self)

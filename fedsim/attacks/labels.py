@@ -71,7 +71,9 @@ def label_counts(observation: Observation) -> Tensor:
     Class c's entry of the last bias gradient is mean(p_c) − n_c/B, hence n_c = B·(mean(p_c) − entry). Without a
     bias a row of the weight gradient, summed, is about the same times the mean sum of the layer's inputs.
     Both means are taken over random images, whose answers are close to the victims' while a model is little
-    trained; the nearest whole numbers that sum to B are returned. Several local steps count as one batch.
+    trained; the nearest whole numbers that sum to B are returned. Several local steps count as one batch. Where
+    the learning rate is unknown one class at least is taken to be absent: its entry is mean(p_c) times the rate,
+    the largest multiple of any class.
 
     Raises:
         ConfigError: If the model does not end in a linear layer.
@@ -86,7 +88,10 @@ def label_counts(observation: Observation) -> Tensor:
     inputs = model.representation(observation.weights, dummies, last_linear(model))
     scale = 1.0 if biased else float(inputs.sum(1).mean())
     answers = model.logits(observation.weights, dummies).softmax(-1).mean(0)
-    wanted = size * (answers - entries / (scale * observation.local.steps))
+    entries = entries / (scale * observation.local.steps)
+    if observation.local.learning_rate is None:
+        entries = entries / (entries / answers).amax(1, keepdim=True)
+    wanted = size * (answers - entries)
     return torch.stack([_nearest_counts(row, size) for row in wanted])
 
 

@@ -70,6 +70,10 @@ class Payload:
             None if first.trust is None else np.concatenate([t for p in parts if (t := p.trust) is not None]),
         )
 
+    def moved(self, learning_rate: float) -> "Payload":
+        """Return what was sent as how far it moves the weights: gradients times the local learning rate."""
+        return replace(self, gradients=np.float32(learning_rate) * self.gradients)
+
     def select(self, victims: slice) -> "Payload":
         """Return the payload of some of the victims."""
         return Payload(
@@ -107,11 +111,11 @@ class LocalTraining:
 
     Attributes:
         steps: Local steps; the B images are shared by them evenly, in order.
-        learning_rate: The clients' learning rate.
+        learning_rate: The clients' learning rate; None: the attacker does not know it.
     """
 
     steps: int = 1
-    learning_rate: float = 1.0
+    learning_rate: float | None = 1.0
 
 
 ONE_STEP = LocalTraining()
@@ -124,7 +128,8 @@ class Observation:
     Attributes:
         model: The architecture, which is public.
         weights: Global weights that the victims started from, shape [d].
-        gradients: What each victim sent, in gradient units, shape [N, d].
+        gradients: What each victim sent, in gradient units, shape [N, d]; times the learning rate, weights before
+            minus weights after, where the attacker does not know that.
         batch_size: Number of images B behind each gradient.
         statistics: Batch-norm statistics that each victim sent, shape [N, b]; b = 0 without batch norm.
         labels: The victims' labels, shape [N, B], only when the adversary is assumed to know them.
@@ -182,6 +187,7 @@ class Reconstruction:
         stalled: The optimiser stopped moving far from any solution, shape [N], bool.
         exhausted: The budget ran out while the loss was still falling, shape [N], bool.
         seconds: Time the whole batch took.
+        learning_rates: The local learning rates that were estimated, shape [N]; None: there was nothing to.
     """
 
     images: Tensor
@@ -191,10 +197,12 @@ class Reconstruction:
     stalled: Tensor
     exhausted: Tensor
     seconds: float
+    learning_rates: Tensor | None = None
 
     def cpu(self) -> "Reconstruction":
         """Return the same on the CPU."""
-        moved = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "seconds"}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.cpu() for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     @classmethod
@@ -212,4 +220,5 @@ class Reconstruction:
             stalled=cat("stalled"),
             exhausted=cat("exhausted"),
             seconds=sum(part.seconds for part in parts),
+            learning_rates=None if parts[0].learning_rates is None else cat("learning_rates"),
         )

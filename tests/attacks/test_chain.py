@@ -48,7 +48,7 @@ def chains(draw):
         if min(height, width) + 2 * padding < kernel:
             continue
         layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=draw(st.booleans())))
-        layers += draw(st.sampled_from([[nn.Sigmoid()], [nn.Tanh()], [nn.ReLU()], []]))
+        layers += draw(st.sampled_from([[nn.Sigmoid()], [nn.Tanh()], [nn.ReLU()], [nn.LeakyReLU(0.2)], []]))
         channels = out
         height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
     features = channels * height * width

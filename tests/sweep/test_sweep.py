@@ -122,13 +122,12 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     children = psutil.Process(victim.pid).children(recursive=True)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    _, left = psutil.wait_procs(children, timeout=300)
-    assert not left, "Ray's processes end with their driver"
-
     resumed = start(broken, long, "--resume")
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     assert "2/2 " in output, "the finished trial is not run again"
+    _, left = psutil.wait_procs(children, timeout=300)
+    assert not left, "Ray's processes end with their driver"
 
     def hashes(folder: Path) -> dict[str, str]:
         results = (folder / "out/tiny/trials").glob("*/result.json")
