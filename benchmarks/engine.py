@@ -124,9 +124,8 @@ def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 beyond.clear()
             for name, run in turns.items():
                 blocks.setdefault(name, []).append(timed(run, options.rounds, block * options.rounds))
-    for _ in range(options.blocks if peers else 0):
-        for name, command in peers.items():
-            blocks.setdefault(name, []).append(peer_seconds(command))
+            for name, command in peers.items() if block else ():
+                blocks.setdefault(name, []).append(peer_seconds(command))
     yield {
         "workload": f"{per_round} clients, {f'{steps} step' if steps else '1 epoch'}, {options.workers} workers",
         "seconds": {name: round(statistics.median(values), 4) for name, values in blocks.items()},
