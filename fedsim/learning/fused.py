@@ -80,7 +80,7 @@ class FusedTrainer:
 
 
 def check_fusable(model: Model) -> None:
-    """See that all parameters are those of linear layers and plain convolutions.
+    """See that all parameters are those of linear layers and plain convolutions, each of one layer.
 
     Raises:
         ConfigError: If some are not.
@@ -91,8 +91,9 @@ def check_fusable(model: Model) -> None:
         if type(layer) is nn.Linear
         or (type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
         for kind in ("weight", "bias")
+        if getattr(layer, kind) is not None
     }
-    others = [name for name in model.layout.names if name not in able]
+    others = [name for name in model.layout.names if name not in able] + sorted(able - set(model.layout.names))
     if others:
         raise ConfigError(f"runtime.execution: fused needs linear layers and plain convolutions, not {others[0]}")
 

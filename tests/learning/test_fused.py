@@ -74,3 +74,7 @@ def test_what_couples_images_or_is_no_plain_layer_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match="0.weight"):
         check_fusable(Model(reflecting, SHAPE, 3))
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(60, 60), nn.Linear(60, 60), nn.Linear(60, 3))
+    tied[2].weight = tied[1].weight
+    with pytest.raises(ConfigError, match="2.weight"):
+        check_fusable(Model(tied, SHAPE, 3))
