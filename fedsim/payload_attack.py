@@ -100,7 +100,10 @@ def check_payload(
     for name, entries in sorted(payload.sections.items()):
         for key, value in sorted(entries.items()):
             digest.update(f"{name}.{key}".encode() + value.contiguous().numpy().tobytes())
-    return CheckedPayload(config, attack, observation, given, digest.hexdigest(), _public(config, given))
+    public = _public(config, given)
+    if public is not None:
+        config.attack.check_public(len(public.labels), observation.batch_size)
+    return CheckedPayload(config, attack, observation, given, digest.hexdigest(), public)
 
 
 def _public(config: PayloadAttackConfig, truth: audit.GroundTruth | None) -> ImageStore | None:

@@ -57,13 +57,17 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
         victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
     else:
         victims = {round_: _training_victims(spec, round_) for round_ in rounds}
-    for size in sorted({len(victim.images) for those in victims.values() for victim in those}):
+    sizes = sorted({len(victim.images) for those in victims.values() for victim in those})
+    for size in sizes:
         for attack in config.attacks:
             attack.check(model, size)
             if config.audit.local_learning_rate == "estimated":
                 attack.check_unknown_rate()
-    sources = {source for attack in config.attacks if (source := attack.public_source)}
+    sources = {attack.public_source for attack in config.attacks if attack.public_source}
     public = {source: public_images(source, dataset, data_dir) for source in sorted(sources)}
+    for attack in config.attacks:
+        if attack.public_source and sizes:
+            attack.check_public(len(public[attack.public_source].labels), sizes[-1])
     return Prepared(dataset, spec, victims, public)
 
 

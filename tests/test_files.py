@@ -27,10 +27,13 @@ def check(folder: Path, same: bool, resume: bool) -> None:
     check_folder(folder, "sweep.yaml", "sweep", lambda saved: same and saved.read_text() == "mine", resume)
 
 
-def test_a_free_folder_is_free(tmp_path: Path) -> None:
-    for resume in (False, True):
-        check(tmp_path / "missing", same=True, resume=resume)
-        check(tmp_path, same=True, resume=resume)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_free_folder_is_accepted_and_left_as_it_is(tmp_path: Path, resume: bool) -> None:
+    asked: list[Path] = []
+    for folder in (tmp_path / "missing", tmp_path):
+        check_folder(folder, "sweep.yaml", "sweep", lambda saved: bool(asked.append(saved)), resume)
+    assert not asked, "there is no file to be asked about"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_the_same_is_gone_on_with_when_asked(tmp_path: Path) -> None:

@@ -118,6 +118,17 @@ class AttackSettings(Schema):
             ConfigError: If it does not.
         """
 
+    def check_public(self, count: int, batch_size: int) -> None:
+        """See that there are enough public images to learn from, before any work starts.
+
+        Args:
+            count: Number of public images.
+            batch_size: Number of images behind each gradient.
+
+        Raises:
+            ConfigError: If there are not.
+        """
+
     def check_unknown_rate(self) -> None:
         """See that the attack can do without the local learning rate, before any work starts.
 

@@ -80,9 +80,19 @@ class InverterConfig(AttackSettings):
         """See `AttackSettings.check_unknown_rate`: the public gradients are made at the clients' rate."""
         raise ConfigError("inverter: it trains on local steps at the clients' learning rate, which must be known")
 
+    def check_public(self, count: int, batch_size: int) -> None:
+        """See `AttackSettings.check_public`: a batch to learn from and one to hold out."""
+        used = min(count, self.images or count)
+        if used < 2 * batch_size or used - _held_out(used) < batch_size:
+            raise ConfigError(f"inverter: {used} public images are too few to learn from")
+
     def build(self) -> Attack:
         """Return the attack."""
         return Inverter(self)
+
+
+def _held_out(images: int) -> int:
+    return max(1, int(HELD_OUT * images))
 
 
 class Inverter(Attack):
@@ -107,12 +117,11 @@ class Inverter(Attack):
     def learn(self, context: LearningContext) -> Trained:
         """See `Attack`."""
         settings = self.settings
+        settings.check_public(context.size, context.batch_size)
         order = torch.randperm(context.size, generator=context.generator(SPLIT), device=context.weights.device)[
             : settings.images
         ]
-        held = max(1, int(HELD_OUT * len(order)))
-        if len(order) < 2 * context.batch_size or len(order) - held < context.batch_size:
-            raise ConfigError(f"inverter: {len(order)} public images are too few to learn from")
+        held = _held_out(len(order))
         features = self._features(context, order[held:])
         raw = self._examples(context, features, order[held:], settings.draws, 0)
         features.standardise(*raw[:2])

@@ -110,3 +110,5 @@ def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_
     held = replace(digits, test_images=digits.train_images, test_labels=digits.train_labels)
     with pytest.raises(ConfigError, match="public: test: clients hold all of these images"):
         prepare(small_experiment(attacks=[INVERTER]), held)
+    with pytest.raises(ConfigError, match="inverter: 20 public images are too few to learn from"):
+        prepared(attacks=[{**INVERTER, "images": 20}], audit={"batch_size": 16})
