@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.attacks import AttackConfig
 from fedsim.attacks.r_gap import RGAPConfig, rank_analysis
@@ -77,12 +77,16 @@ def test_full_rank_in_every_layer_means_an_exact_image(case, seed):
     torch.testing.assert_close(found_in(model, images, labels).images, images, rtol=0, atol=1e-4)
 
 
+def small_case(module: nn.Module) -> tuple[Model, Tensor, Tensor]:
+    """The model of a module on 1×8×8 in float64, with one victim's image and label."""
+    images, labels = victims(1, shape=(1, 8, 8))
+    return double(Model(module, (1, 8, 8), 10)), images.double(), labels
+
+
 def test_what_no_equation_reaches_is_counted_and_stays_grey():
     # Kernels of one pixel at stride 2 pass over three pixels in four.
     module = nn.Sequential(nn.Conv2d(1, 3, 1, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(48, 10))
-    model = double(Model(module, (1, 8, 8), 10))
-    images, labels = victims(1, shape=(1, 8, 8))
-    images = images.double()
+    model, images, labels = small_case(module)
     first, last = rank_analysis(model, model.initial_weights(), images[0, 0], int(labels[0, 0]))
     assert (first.layer, first.unknowns, first.rank, first.deficiency) == ("0.weight", 64, 16, 48)
     assert (first.weight_constraints, first.gradient_constraints) == (48, 3)
@@ -94,9 +98,7 @@ def test_what_no_equation_reaches_is_counted_and_stays_grey():
 
 def test_outputs_that_relu_cut_off_make_no_weight_constraints():
     module = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
-    model = double(Model(module, (1, 8, 8), 10))
-    images, labels = victims(1, shape=(1, 8, 8))
-    images = images.double()
+    model, images, labels = small_case(module)
     first, _ = rank_analysis(model, model.initial_weights(), images[0, 0], int(labels[0, 0]))
     with torch.no_grad():
         active = int((module[0](images[0]) > 0).sum())
