@@ -122,7 +122,10 @@ class Auditor:
         key = (job.attack, simulates, rounds)
         if key in self._learned:
             return self._learned[key], 0.0
-        self._learned[key], seconds = self.federation.learn(job, round_, self.public[settings.public_source])
+        images = self.public[settings.public_source]
+        self._learned[key], seconds, report = self.federation.learn(job, round_, images)
+        if report:
+            self.reporter.note(f"{self.config.name}: {settings.title}: {report}")
         return self._learned[key], seconds
 
     def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:

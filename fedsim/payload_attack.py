@@ -231,10 +231,11 @@ def _truth(
 
 @dataclass(frozen=True)
 class PayloadResult:
-    """What an attack on a payload found: the reconstruction, and one row an image."""
+    """What an attack on a payload found: the reconstruction, one row an image, and a line on what it learned."""
 
     found: Reconstruction
     images: pd.DataFrame
+    learned: str = ""
 
     def summary(self, checked: CheckedPayload) -> dict[str, Any]:
         """Return what `result.json` holds."""
@@ -242,6 +243,7 @@ class PayloadResult:
             "attack": checked.config.attack.title,
             "images": self.images.to_dict(orient="records"),
             "seconds": self.found.seconds,
+            **({"learned": self.learned} if self.learned else {}),
             "payload_sha256": checked.fingerprint,
             "versions": environment.versions(),
             "hardware": environment.hardware(),
@@ -251,15 +253,16 @@ class PayloadResult:
 
 def attack_payload(checked: CheckedPayload) -> PayloadResult:
     """Attack a checked payload; score the outcome if the truth is known."""
-    attack, seen = checked.attack, checked.observation
+    attack, seen, report = checked.attack, checked.observation, ""
     if checked.public is not None:
         seed = int(numpy_stream(checked.config.seed, Purpose.LEARNING).integers(2**62))
         context = LearningContext(
             seen.model, seen.weights, checked.public, seen.batch_size, seed=seed, local=seen.local
         )
-        attack = attack.taught(attack.learn(context))
+        learned = attack.learn(context)
+        report, attack = attack.report(learned), attack.taught(learned)
     found = attack.reconstruct(seen).cpu()
-    return PayloadResult(found, pd.DataFrame(_rows(checked, found)))
+    return PayloadResult(found, pd.DataFrame(_rows(checked, found)), report)
 
 
 def _rows(checked: CheckedPayload, found: Reconstruction) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pydantic import Field
 from fedsim.attacks.analytic import AnalyticConfig
 from fedsim.attacks.custom import CustomAttackConfig
 from fedsim.attacks.dlg import DLGConfig
+from fedsim.attacks.generative import GenerativeConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradinversion import GradInversionConfig
 from fedsim.attacks.idlg import IDLGConfig
@@ -21,6 +22,7 @@ AttackConfig = Annotated[
     | AnalyticConfig
     | RGAPConfig
     | InverterConfig
+    | GenerativeConfig
     | CustomAttackConfig,
     Field(discriminator="name"),
 ]

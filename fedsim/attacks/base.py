@@ -55,6 +55,10 @@ class Attack:
         """
         return None
 
+    def report(self, learned: Any) -> str:
+        """Return a line on what `learn` returned, or "" if there is nothing to say."""
+        return ""
+
     def taught(self, learned: Any) -> "Attack":
         """Return this attack with what `learn` returned."""
         return self

@@ -90,8 +90,18 @@ class GIA(Attack):
         """Attack all victims × restarts at once; see `Attack`."""
         began = time.perf_counter()
         labels = labels_from(self.settings.labels, observation, "gia")
+        return self.search(observation, labels).reconstruction(labels, time.perf_counter() - began)
+
+    def search(self, observation: Observation, labels: Tensor, start: Tensor | None = None) -> BoxAdam:
+        """Return the finished search of images with the labels [N, B].
+
+        Args:
+            observation: What the server saw.
+            labels: The labels to assume.
+            start: Where to start, shape [N · restarts, B, C, H, W]; None: at random images.
+        """
         settings = self.settings
-        search = BoxAdam(observation, settings.restarts, settings.iterations)
+        search = BoxAdam(observation, settings.restarts, settings.iterations, start)
         matching = GradientMatching(observation, self.distance, settings.ignore)
         probabilities = one_hot(labels, observation.model.classes, observation.weights)[search.victims]
         search.rates = rates_by_scale(matching, search.images, probabilities, search.victims)
@@ -103,7 +113,7 @@ class GIA(Attack):
             gradient.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)
             decays = sum(step >= share * settings.iterations for share in DECAY_AT)
             search.move(gradient.nan_to_num_().sign_(), settings.learning_rate * 0.1**decays)
-        return search.reconstruction(labels, time.perf_counter() - began)
+        return search
 
 
 def _objective(distance: Tensor, variation: Tensor, settings: GIAConfig) -> Tensor:

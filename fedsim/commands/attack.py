@@ -51,6 +51,8 @@ def attack(options: Namespace) -> int:
     _write_config(folder, checked)
     result = attack_payload(checked)
     _write(folder, checked, result)
+    if result.learned:
+        console.print(result.learned, highlight=False, soft_wrap=True)
     console.print(result.images.to_string(index=False), highlight=False)
     console.print(f"wrote {folder}", highlight=False, soft_wrap=True)
     return 0

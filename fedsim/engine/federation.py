@@ -164,17 +164,17 @@ class Federation:
         payload: Payload = self._gather("probe", calls, "a probe")[0]
         return payload
 
-    def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float]:
+    def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float, str]:
         """Let the attack of `job` learn from public images at the present weights, once for all its victims.
 
         What the naive adversary learns is the same under every defense: it is kept for other simulations.
 
         Returns:
-            A reference to what it has learned, for `attack`, and the seconds that it took.
+            A reference to what it has learned, for `attack`, the seconds that it took, and a line on it, or "".
         """
         key = naive_key(self.spec.config, self.weights(), images, job, round_)
         if job.adversary == "naive" and key in self.runtime.lessons:
-            return self.runtime.lessons[key], 0.0
+            return self.runtime.lessons[key], 0.0, ""
         shared = self.runtime.put(images.fingerprint, images)
         calls = [(self._handle, self._output.weights, self._output.public, shared, job, round_)]
         lesson: Lesson = self._gather("learn", calls, "an attack's learning")[0]
@@ -182,7 +182,7 @@ class Federation:
         reference = ray.put(lesson.learned)
         if job.adversary == "naive":
             self.runtime.lessons[key] = reference
-        return reference, lesson.seconds
+        return reference, lesson.seconds, lesson.report
 
     def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers.

@@ -28,10 +28,12 @@ class Lesson:
     Attributes:
         learned: What `Attack.learn` returned.
         seconds: Time it took.
+        report: A line on it, or "".
     """
 
     learned: Any
     seconds: float
+    report: str = ""
 
 
 def learn(
@@ -42,23 +44,20 @@ def learn(
     It gets no payload, and of the job nothing that depends on a victim: the same for any victims and shards.
     """
     start = time.perf_counter()
-    learned = (
-        session.spec.config.attacks[job.attack]
-        .build()
-        .learn(
-            LearningContext(
-                model=session.model,
-                weights=weights,
-                public=ImageStore.of(images.images, images.labels, session.device),
-                batch_size=job.batch_size,
-                seed=int(numpy_stream(session.spec.config.seed, Purpose.LEARNING, round_).integers(2**62)),
-                knowledge=_knowledge(session, weights, public) if job.adversary != "naive" else None,
-                rounds=session.spec.config.audit.observations if job.strategy in REPEATED else 1,
-                local=job.local,
-            )
+    attack = session.spec.config.attacks[job.attack].build()
+    learned = attack.learn(
+        LearningContext(
+            model=session.model,
+            weights=weights,
+            public=ImageStore.of(images.images, images.labels, session.device),
+            batch_size=job.batch_size,
+            seed=int(numpy_stream(session.spec.config.seed, Purpose.LEARNING, round_).integers(2**62)),
+            knowledge=_knowledge(session, weights, public) if job.adversary != "naive" else None,
+            rounds=session.spec.config.audit.observations if job.strategy in REPEATED else 1,
+            local=job.local,
         )
     )
-    return Lesson(learned, time.perf_counter() - start)
+    return Lesson(learned, time.perf_counter() - start, attack.report(learned))
 
 
 def naive_key(

@@ -66,6 +66,6 @@ def test_settings_that_would_be_ignored_are_refused(settings):
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(
         ValidationError,
-        match="'dlg', 'idlg', 'gia', 'gradinversion', 'analytic', 'r_gap', 'inverter', 'custom'",
+        match="'dlg', 'idlg', 'gia', 'gradinversion', 'analytic', 'r_gap', 'inverter', 'generative', 'custom'",
     ):
         TypeAdapter(AttackConfig).validate_python({"name": "dgl"})
