@@ -241,6 +241,33 @@ def test_an_inverter_learns_from_a_named_data_set_without_the_true_image(
     assert "public: digits has images of [1, 28, 28], the model takes [1, 12, 12]" in fails(wrong, capsys)
 
 
+def test_a_generative_prior_says_how_far_it_reaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = (1, 28, 28)
+    model = build_model(LeNetConfig(), shape, 10, seed=0).module
+    x, y = smooth_images(1, shape), torch.tensor([3])
+    F.cross_entropy(model(x), y).backward()
+    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
+    path = tmp_path / "one.pt"
+    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": y, "images": x}, path)
+    command = ["attack", str(path), "--model", "lenet", "--shape", "1x28x28", "--attack", "generative"]
+    assert "attack.public: a payload has no test images" in fails(command, capsys)
+    small = ["latents=4", "width=16", "steps=10", "images=100", "iterations=5", "refine_iterations=5"]
+    command += ["attack.public=digits", *(f"attack.{setting}" for setting in small), "--output", str(tmp_path)]
+    assert run(command) == 0
+    assert "90 public images; 10 held out are" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "attack" / "result.json").read_text())
+    assert "dB from its nearest" in saved["learned"] and saved["images"][0]["iterations"] == 10
+    wrong = [
+        "attack",
+        str(payload(tmp_path / "small.pt")),
+        *LENET,
+        "--attack",
+        "generative",
+        "attack.public=digits",
+    ]
+    assert "public: digits has images of [1, 28, 28], the model takes [1, 12, 12]" in fails(wrong, capsys)
+
+
 def test_a_learning_rate_that_is_left_out_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model(LeNetConfig(init="uniform"), SHAPE, 10, seed=0).module
     x, y = smooth_images(2, SHAPE), torch.tensor([3, 7])

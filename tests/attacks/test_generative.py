@@ -15,7 +15,9 @@ from fedsim.attacks.gia import GIAConfig
 from fedsim.attacks.gradient_matching import loss_at
 from fedsim.attacks.learning import LearningContext
 from fedsim.attacks.refinement import entries, justified
+from fedsim.attacks.strategies import apply
 from fedsim.defenses.dp import GaussianConfig
+from fedsim.defenses.graddefense import GradDefenseConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
 from fedsim.learning.models import Model
@@ -195,6 +197,29 @@ def test_a_prior_of_the_right_images_helps_against_noise(context: LearningContex
         sum(row.PSNR for row in score(images, x)) / 6 for x in (found.images, without.images, blind)
     )
     assert ours > max(gia, floor) + 6
+
+
+def test_who_knows_the_slices_or_infers_them_does_better_than_the_naive(
+    context: LearningContext, trained: Trained
+) -> None:
+    images, clean = seen_by(context, 3)
+    bounds, noisy = torch.arange(11) * clean.gradients.shape[1] // 10, torch.zeros(3, 10, dtype=torch.bool)
+    noisy[0, ::2], noisy[1, 1::2], noisy[2, 5:] = True, True, True
+    where = noisy.to(clean.gradients).repeat_interleave(bounds.diff(), 1)
+    noise = 0.05 * torch.randn(where.shape, generator=generator(3))
+    knowledge = Knowledge(
+        GradDefenseConfig(sigma=0.05),
+        {"slice_bounds": bounds},
+        {"selected": noisy},
+        clean.gradients[:, None][:, :0],
+    )
+    seen = replace(clean, gradients=clean.gradients + where * noise, knowledge=knowledge)
+    attack = GenerativeConfig(**SMALL, iterations=150, refine="none").build().taught(trained)
+    naive, inferred, told = (
+        sum(row.PSNR for row in score(images, attack.reconstruct(apply(name, seen, attack)).images)) / 3
+        for name in ("", "slices", "told_slices")
+    )
+    assert min(inferred, told) > naive + 6
 
 
 def test_pixels_go_beyond_the_generator_where_the_gradient_is_exact(

@@ -14,11 +14,21 @@ from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
 from fedsim.errors import ConfigError
 from fedsim.preparation import Prepared, prepare
+from fedsim.progress import Reporter
 from fedsim.simulation import Simulation
 from tests.conftest import small_experiment
 
 INVERTER = {"name": "inverter", "images": 60, "steps": 10, "draws": 2, "width": 16, "components": 20}
 AUDIT = {"victims": 5, "adversaries": ["naive", "adaptive", "oracle"], "observations": 2}
+GENERATIVE = {
+    "name": "generative",
+    "images": 60,
+    "steps": 10,
+    "width": 16,
+    "latents": 4,
+    "iterations": 5,
+    "refine_iterations": 5,
+}
 DEFENSE = {"name": "graddefense", "sigma": 0.5}
 
 
@@ -101,6 +111,37 @@ def test_each_adversary_learns_once_and_shards_change_no_bit(
         assert few[:2] == many[:2] and np.array_equal(few[2], many[2])
 
 
+class Notes(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.ray
+def test_a_generator_is_learned_once_for_all_adversaries_and_its_ceiling_is_told(runtime: Runtime) -> None:
+    found, told = [], []
+    for shard in (2, 5):
+        audit = AUDIT | {"victims_per_shard": shard}
+        config = small_experiment(
+            seed=7, attacks=[GENERATIVE], audit=audit, defense=DEFENSE, federation={"rounds": 1}
+        )
+        notes = Notes()
+        result = Simulation(config, runtime=runtime, reporter=notes).run()
+        found.append(result.audits)
+        told += [line for line in notes.lines if "ceiling" in line]
+    assert [line.split(":")[1].strip() for line in told] == ["generative"]
+    names = [("naive", ""), *(("adaptive", name) for name in ("slices", "denoise", "average", "agreement"))]
+    assert [(one.adversary, one.strategy) for one in found[0]] == [*names, ("oracle", "told_slices")]
+    for few, many in zip(*found, strict=True):
+        gap = np.abs(few.reconstructions.astype(int) - many.reconstructions.astype(int))
+        assert gap.max() <= 1, "a byte may be rounded otherwise"
+        assert all(row.loss_at_truth is not None for row in few.rows)
+
+
 def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_starts() -> None:
     with pytest.raises(
         ConfigError, match="audit.parameters: inverter simulates the defense, which takes `public`"
@@ -112,3 +153,6 @@ def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_
         prepare(small_experiment(attacks=[INVERTER]), held)
     with pytest.raises(ConfigError, match="inverter: 20 public images are too few to learn from"):
         prepared(attacks=[{**INVERTER, "images": 20}], audit={"batch_size": 16})
+    few = replace(digits, test_images=digits.test_images[:9], test_labels=digits.test_labels[:9])
+    with pytest.raises(ConfigError, match="generative: 9 public images are too few to learn from"):
+        prepare(small_experiment(attacks=[GENERATIVE]), few)
