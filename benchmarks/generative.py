@@ -2,7 +2,7 @@
 
 .venv/bin/python -m benchmarks.generative --data-dir DIR
 
-Gaussian noise on every entry of the gradients of single training images, which the attacker does not know of; LeNet,
+Gaussian noise on every entry of gradients of single training images, which the attacker does not know of; LeNet,
 PyTorch's initialisation; the generator learns from the test images. Beside the attacks: the mean public image, and
 the mean of those with the victim's label, which is what knowing the label alone is worth.
 """
