@@ -42,7 +42,9 @@ class Linear(nn.Module):
 
 def linear_attack(shape: tuple[int, int, int] = SHAPE, **settings: Any) -> Generative:
     learned = Trained(Linear(shape), 0.0, 0.0, 0, 0)  # type: ignore[arg-type]
-    return Generative(GenerativeConfig(refine="none", latents=LATENTS, **settings), SquaredError, learned)
+    return Generative(
+        GenerativeConfig(**{"refine": "none", "latents": LATENTS, **settings}), SquaredError, learned
+    )
 
 
 def softmax_regression() -> Model:
@@ -131,11 +133,11 @@ def test_the_loss_at_the_truth_is_that_of_a_typical_image() -> None:
     torch.testing.assert_close(attack.matching_loss(noisy, images, seen.labels), expected)
 
 
-def test_an_unknown_learning_rate_is_estimated() -> None:
+@pytest.mark.parametrize("refine", ["none", "pixels"])
+def test_an_unknown_learning_rate_is_estimated(refine: str) -> None:
     _, images, seen = known()
     sent = replace(seen, gradients=0.25 * seen.gradients, local=LocalTraining(1, None))
-    attack = linear_attack(prior=0, iterations=400)
-    found = attack.reconstruct(sent)
+    found = linear_attack(prior=0, iterations=400, refine=refine, tv=0).reconstruct(sent)
     assert found.learning_rates is not None
     torch.testing.assert_close(found.learning_rates, torch.full((3,), 0.25), rtol=0.05, atol=0)
     assert min(row.PSNR for row in score(images, found.images)) > 25
