@@ -12,12 +12,13 @@ import ray
 import yaml
 from rich.console import Console
 
-from fedsim.config import ExperimentConfig, read_yaml
+from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, dataset_key, load_dataset
 from fedsim.engine.runtime import Cluster
 from fedsim.errors import ConfigError
 from fedsim.files import check_folder, write_atomically
 from fedsim.preparation import prepare
+from fedsim.settings import read_yaml
 from fedsim.sweep.config import OptunaSearchConfig, SweepConfig, check_sweep
 from fedsim.sweep.outcomes import Outcome, OutcomeFolder, as_frame
 from fedsim.sweep.progress import StopRule, SweepProgress
