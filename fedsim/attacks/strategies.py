@@ -1,8 +1,8 @@
 """What attackers do who know the defense: each strategy turns what was seen into what is worth matching.
 
 A strategy returns the observation with cleaner gradients, with `trust` in its entries, or both, and may have the
-attack match by another distance; then the attack goes on as ever. Its result is judged against the private images
-under that same observation and distance.
+attack match by another distance, or transform the dummy's gradient as the defense does; then the attack goes on as
+ever. Its result is judged against the private images under that same observation, distance and transformation.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.distances import AbsoluteError, SliceError
-from fedsim.attacks.estimates import noise_std, noisy_slices
+from fedsim.attacks.estimates import mean_of_rounds, noise_std, noisy_slices
 from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
+from fedsim.attacks.transformations import TRANSFORMATIONS
 from fedsim.defenses.base import Defense, DefenseSettings
 from fedsim.defenses.denoising import marchenko_pastur_denoise
 from fedsim.errors import ConfigError
@@ -94,9 +95,7 @@ def denoise(observation: Observation, knowledge: Knowledge, attack: Attack) -> O
 
 def average(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Average what each victim sent over all rounds at these weights: independent noise averages out."""
-    repeats = knowledge.repeats
-    total = observation.gradients + repeats.sum(1)
-    return replace(observation, gradients=total / (1 + repeats.shape[1]))
+    return mean_of_rounds(observation)
 
 
 def agreement(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
@@ -138,6 +137,16 @@ def laplace(observation: Observation, knowledge: Knowledge, attack: Attack) -> O
     return observation
 
 
+def clipped(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Average the rounds, and clip the dummy's gradient as the defense does: see `transformed`."""
+    return mean_of_rounds(observation)
+
+
+def pruned(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave what was seen as it is, and prune the dummy's gradient as far as the zeros tell: see `transformed`."""
+    return observation
+
+
 def simulated(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Leave what was seen as it is: the attack has learned from gradients that were protected alike."""
     return observation
@@ -148,6 +157,9 @@ REPEATED = frozenset({"average", "agreement", "simulated_average"})
 
 REMATCHED = frozenset({"laplace"})
 """Strategies that match by a distance of their own, over all rounds."""
+
+LOOK_BACK = REMATCHED | {"clipped"}
+"""Strategies whose distance or transformation depends on what was sent in other rounds."""
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
@@ -161,6 +173,8 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "agreement": agreement,
         "likelihood": likelihood,
         "laplace": laplace,
+        "clipped": clipped,
+        "pruned": pruned,
         "simulated": simulated,
         "simulated_average": average,
     }
@@ -195,7 +209,14 @@ def apply(name: str, observation: Observation, attack: Attack) -> Observation:
     if not name:
         return observation
     assert observation.knowledge
-    return STRATEGIES[name](observation, observation.knowledge, attack)
+    return transformed(name, STRATEGIES[name](observation, observation.knowledge, attack))
+
+
+def transformed(name: str, observation: Observation) -> Observation:
+    """Return the observation with the transformation of the dummy that a strategy takes; most take none."""
+    if name not in TRANSFORMATIONS:
+        return observation
+    return replace(observation, transformation=TRANSFORMATIONS[name](observation))
 
 
 def armed(name: str, observation: Observation, attack: Attack) -> Attack:
