@@ -67,10 +67,13 @@ def muted(observation: Observation, knowledge: Knowledge, attack: Attack) -> Obs
 def slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Find the k noisy slices as those that the best-matching image leaves the largest residuals in.
 
-    The image is searched with `SliceError`, which needs neither the slices nor the strength of the noise.
+    The image is searched with `SliceError`, which needs neither the slices nor the strength of the noise, but
+    profits from the norm to which noisy slices were clipped, where that is public.
     """
     bounds = knowledge.public["slice_bounds"].tolist()
-    found = attack.matching(partial(SliceError, bounds=tuple(bounds))).reconstruct(observation)
+    norm = getattr(knowledge.defense, "clipping_norm", None) if knowledge.parameters == "public" else None
+    error = partial(SliceError, bounds=tuple(bounds), clipping_norm=norm)
+    found = attack.matching(error).reconstruct(observation)
     p = one_hot(found.labels, observation.model.classes, observation.weights)
     engine = Autodiff(observation.model, observation.weights, observation.local)
     gradients, _ = engine.gradients(found.images.to(p), p)

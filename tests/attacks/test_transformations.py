@@ -92,6 +92,20 @@ def test_a_gradient_within_the_norm_is_left_as_it_is() -> None:
     assert torch.equal(one.loss, other.loss) and torch.equal(one.by_images, other.by_images)
 
 
+def test_soft_labels_absorb_clipping_and_a_cosine_does_not_see_it() -> None:
+    """The gradient is linear in p − y: labels p + c·(y − p) give c times the gradient of the same images."""
+    images, labels, plain = seen_through(CLIPPED, 2)
+    clean = observe(plain.model, images, labels).gradients
+    factor = (plain.gradients.norm(dim=1) / clean.norm(dim=1))[:, None, None]
+    assert float(factor.max()) < 0.9
+    answers = torch.stack([plain.model.logits(plain.weights, x).softmax(-1) for x in images])
+    hard = torch.nn.functional.one_hot(labels, 10).float()
+    soft, everyone = torch.lerp(answers, hard, factor), torch.arange(3)
+    losses = [GradientMatching(plain, SquaredError)(images, p, everyone).loss for p in (hard, soft)]
+    assert float(losses[1].max()) < 1e-9 < 0.01 < float(losses[0].min())
+    assert float(GradientMatching(plain, CosineDistance)(images, hard, everyone).loss.max()) < 1e-9
+
+
 def test_samples_that_are_clipped_one_by_one_are_so_for_any_model_and_in_any_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
