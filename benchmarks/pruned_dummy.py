@@ -26,7 +26,7 @@ from fedsim.learning.models import LeNetConfig, build_model
 from fedsim.privacy.metrics import score
 from fedsim.privacy.observation import Knowledge, Observation
 
-DATASETS = {"mnist": MNISTConfig, "cifar10": CIFAR10Config}
+DATASETS: dict[str, type[MNISTConfig | CIFAR10Config]] = {"mnist": MNISTConfig, "cifar10": CIFAR10Config}
 
 
 @dataclass(frozen=True)
