@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,8 +137,10 @@ class Sweep:
             tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
         parent, status = None, "KILLED"
         try:
-            with Cluster(self.address, self.widest):
-                self._check_room()
+            # Ray takes seconds to start: a sweep that is over is only summarised again.
+            with nullcontext() if self._is_over() else Cluster(self.address, self.widest) as cluster:
+                if cluster:
+                    self._check_room()
                 self._claim()
                 parent = self._start(tracker) if tracker else None
                 outcomes = self._tune(parent.run_id if parent else None)
@@ -150,6 +153,10 @@ class Sweep:
             if tracker and parent:
                 settle(tracker, parent, self.outcomes.every())
                 parent.finish(status)
+
+    def _is_over(self) -> bool:
+        """Return whether every planned trial is done; what Optuna would still ask for is not looked at."""
+        return not self.adaptive and all(self.outcomes.load(planned).done for planned in self.plan)
 
     def _tune(self, parent_run: str | None) -> list[Outcome]:
         search, space, trials = self._search()
