@@ -16,10 +16,11 @@ from typing import Any
 
 import pandas as pd
 
-from fedsim.comparison import ComparisonConfig, load_comparison_config, narrow
-from fedsim.config import ExperimentConfig, merged, parse_config
+from fedsim.comparison_config import ComparisonConfig, load_comparison_config, narrow
+from fedsim.config import ExperimentConfig, parse_config
 from fedsim.data.datasets import Dataset, load_dataset
 from fedsim.engine.runtime import Runtime
+from fedsim.settings import merged
 from fedsim.simulation import Simulation
 
 SEED = 1000

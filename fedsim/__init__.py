@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 if TYPE_CHECKING:
     from fedsim.attacks.base import Attack as Attack
     from fedsim.comparison import Comparison as Comparison
-    from fedsim.comparison import ComparisonConfig as ComparisonConfig
+    from fedsim.comparison_config import ComparisonConfig as ComparisonConfig
     from fedsim.config import ExperimentConfig as ExperimentConfig
     from fedsim.defenses.base import ClientContext as ClientContext
     from fedsim.defenses.base import Defense as Defense
@@ -31,7 +31,7 @@ _HOMES = {
     "Attack": "fedsim.attacks.base",
     "ClientContext": "fedsim.defenses.base",
     "Comparison": "fedsim.comparison",
-    "ComparisonConfig": "fedsim.comparison",
+    "ComparisonConfig": "fedsim.comparison_config",
     "Defense": "fedsim.defenses.base",
     "ExperimentConfig": "fedsim.config",
     "Observation": "fedsim.privacy.observation",

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsim.attacks import AttackConfig
-from fedsim.comparison import presets
+from fedsim.comparison_config import presets
 from fedsim.config import AuditConfig, ExperimentConfig, FederationConfig, RuntimeConfig, TrackingConfig
 from fedsim.data.datasets import DatasetConfig
 from fedsim.data.partitions import PartitionConfig

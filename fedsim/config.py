@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsim.aggregation.pairwise import power_of_two
@@ -22,6 +21,7 @@ from fedsim.learning.training import MemoryFormat, Precision
 from fedsim.participation import StragglersConfig, sample_size
 from fedsim.privacy.observation import Adversary, Parameters
 from fedsim.schema import Schema, explain
+from fedsim.settings import merged, parse_overrides, read_yaml
 
 
 class FederationConfig(Schema):
@@ -241,52 +241,6 @@ class ExperimentConfig(Schema):
         data.pop("checkpoint_every")
         data["runtime"] = {k: v for k, v in data["runtime"].items() if k not in WITHOUT_EFFECT}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ConfigError names the file and the line."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected settings (key: value), found {type(data).__name__}")
-    return data
-
-
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay `over` upon `base`: mappings merge, all else replaces, and another `name` starts a mapping afresh."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if not (isinstance(value, dict) and isinstance(old, dict)):
-            result[key] = value
-        elif "name" in value and value["name"] != old.get("name"):
-            result[key] = value
-        else:
-            result[key] = merged(old, value)
-    return result
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` texts with dotted keys into nested settings; values are read as YAML."""
-    result: dict[str, Any] = {}
-    for text in overrides:
-        path, separator, value = text.partition("=")
-        if not separator or not all(path.split(".")):
-            raise ConfigError(f"{text!r}: overrides are written key=value, e.g. defense.sigma=0.1")
-        try:
-            leaf = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
-        for part in reversed(path.split(".")):
-            leaf = {part: leaf}
-        result = merged(result, leaf)
-    return result
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> ExperimentConfig:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from fedsim.attacks import AttackConfig
 from fedsim.attacks.gia import GIAConfig
-from fedsim.config import merged
 from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
 from fedsim.schema import Schema, explain
+from fedsim.settings import merged
 
 
 class PayloadAttackConfig(Schema):

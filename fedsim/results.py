@@ -15,13 +15,14 @@ import yaml
 from numpy.typing import NDArray
 
 from fedsim import environment
-from fedsim.config import ExperimentConfig, parse_config, read_yaml
+from fedsim.config import ExperimentConfig, parse_config
 from fedsim.engine.overhead import Overhead
 from fedsim.engine.pool import Faults
 from fedsim.errors import ConfigError
 from fedsim.files import check_folder, write_atomically
 from fedsim.learning.execution import Execution
 from fedsim.privacy.audit import AuditRow
+from fedsim.settings import read_yaml
 
 ROUND_COLUMNS = ("local_seconds", "defense_seconds", "aggregate_seconds", "compensate_seconds", "idle_seconds")
 PARTICIPATION_COLUMNS = ("clients_dropped", "clients_late", "late_bytes", "simulated_seconds")

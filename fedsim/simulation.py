@@ -14,8 +14,9 @@ from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, load_dataset
 from fedsim.defenses.none import NoDefenseConfig
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
-from fedsim.engine.federation import Federation, RoundRecord
+from fedsim.engine.federation import Federation
 from fedsim.engine.overhead import Overhead, measure_overhead
+from fedsim.engine.rounds import RoundRecord
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
 from fedsim.preparation import prepare

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedsim.comparison import Comparison, load_comparison_config, narrow, parse_comparison, presets
+from fedsim.comparison import Comparison
+from fedsim.comparison_config import load_comparison_config, narrow, parse_comparison, presets
 from fedsim.errors import ConfigError
 
 LAYERS: dict[str, Any] = {

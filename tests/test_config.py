@@ -4,8 +4,9 @@ import pytest
 import torch
 import yaml
 
-from fedsim.config import ExperimentConfig, load_config, merged, parse_config, parse_overrides
+from fedsim.config import ExperimentConfig, load_config, parse_config
 from fedsim.errors import ConfigError
+from fedsim.settings import merged, parse_overrides
 
 
 def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:

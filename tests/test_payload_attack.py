@@ -268,6 +268,26 @@ def test_a_generative_prior_says_how_far_it_reaches(tmp_path: Path, capsys: pyte
     assert "public: digits has images of [1, 28, 28], the model takes [1, 12, 12]" in fails(wrong, capsys)
 
 
+@pytest.mark.parametrize(("count", "allowed"), [(10, True), (11, False)])
+def test_a_public_set_too_small_for_the_batch_is_refused(
+    count: int, allowed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 20 public images one batch is learned from and one held out: batches of 10, and no more."""
+    shape = (1, 28, 28)
+    model = build_model(LeNetConfig(), shape, 10, seed=0).module
+    path = tmp_path / "batch.pt"
+    gradient = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": torch.arange(count) % 10}, path)
+    command = ["attack", str(path), "--model", "lenet", "--shape", "1x28x28", "--attack", "inverter"]
+    command += ["attack.public=digits", "attack.images=20", "--output", str(tmp_path / "out"), "--dry-run"]
+    if allowed:
+        assert run(command) == 0
+    else:
+        expected = "20 public images are too few to learn from for gradients of 11 image(s)"
+        assert expected in fails(command[:-1], capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_learning_rate_that_is_left_out_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model(LeNetConfig(init="uniform"), SHAPE, 10, seed=0).module
     x, y = smooth_images(2, SHAPE), torch.tensor([3, 7])

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -136,21 +133,6 @@ def test_a_training_payload_is_the_very_update(runtime: Runtime, digits: Dataset
     expected = before - 0.25 * (sizes / sizes.sum()) @ seen
     assert np.allclose(federation.weights(), expected, atol=1e-5)
     federation.close()
-
-
-def test_a_private_runtime_leaves_no_process_and_no_file(digits: Dataset) -> None:
-    """Run apart, in a process of its own, because this one holds the shared runtime."""
-    code = (
-        "import signal, fedsim.simulation as s; from tests.conftest import small_experiment as e;"
-        "before = signal.getsignal(signal.SIGTERM);"
-        "print(s.Simulation(e(federation={'rounds': 1})).run().accuracy);"
-        "assert signal.getsignal(signal.SIGTERM) == before"
-    )
-    before = {path.name for path in Path(tempfile.gettempdir()).glob("fedsim-*")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 <= float(done.stdout.split()[-1]) <= 1
-    after = {path.name for path in Path(tempfile.gettempdir()).glob("fedsim-*")}
-    assert not after - before
 
 
 @pytest.mark.parametrize("rate", ["known", "estimated"])

@@ -126,10 +126,18 @@ class SliceError:
     Its minima are those of Σ_s d_s·log(r_s / d_s): the most probable image if every slice carries noise of a
     strength of its own that nobody knows. A slice that can be matched exactly pulls the product to zero, whatever
     the others do, so it is the intact slices that the search settles on.
+
+    Where noisy slices were clipped first, each slice is compared both as it is and clipped, and the better counts.
+    Otherwise the search is drawn to images whose gradients are small in the slices that were clipped.
     """
 
-    def __init__(self, targets: Targets, bounds: tuple[int, ...]) -> None:
-        """Take what the victims sent, and the bounds [n + 1] of the slices of a whole gradient."""
+    def __init__(self, targets: Targets, bounds: tuple[int, ...], clipping_norm: float | None = None) -> None:
+        """Take what the victims sent, and the bounds [n + 1] of the slices of a whole gradient.
+
+        `clipping_norm` is the L2 norm to which noisy slices were clipped, in gradient units; None: not at all.
+        """
+        # Of a slice that is ignored in part, the length is not known.
+        self.norm = None if targets.spans is not None else clipping_norm
         if targets.spans is not None:
             bounds = tuple(sum(len(range(bound)[span]) for span in targets.spans) for bound in bounds)
         sizes = torch.tensor(bounds, device=targets.vectors.device).diff()
@@ -138,17 +146,37 @@ class SliceError:
         self.squares = self._sums(targets.vectors.square())
 
     def _sums(self, values: Tensor) -> Tensor:
-        parts = values.split(self.sizes.tolist(), 1)
         # The least residual that counts keeps the logarithm finite where nothing is left to match.
-        return torch.stack([part.sum(1) for part in parts], 1).clamp_min(torch.finfo(values.dtype).tiny)
+        return self._by_slice(values).clamp_min(torch.finfo(values.dtype).tiny)
+
+    def _by_slice(self, values: Tensor) -> Tensor:
+        return torch.stack([part.sum(1) for part in values.split(self.sizes.tolist(), 1)], 1)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.sizes, 1)
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""
-        residual = gradients - self.targets[victims]
+        targets = self.targets[victims]
+        residual = gradients - targets
         squares = self._sums(residual.square())
+        if self.norm is not None:
+            residual, squares = self._or_clipped(gradients, targets, residual, squares, self.norm)
         loss = (self.shares * (squares / self.squares[victims]).log()).sum(1).exp()
         slopes = 2 * loss[:, None] * self.shares / squares
-        return loss, residual.mul_(slopes.repeat_interleave(self.sizes, 1))
+        return loss, residual.mul_(self._spread(slopes))
+
+    def _or_clipped(
+        self, gradients: Tensor, targets: Tensor, residual: Tensor, squares: Tensor, norm: float
+    ) -> tuple[Tensor, Tensor]:
+        """Replace, in slices that match better clipped, the residual by half its square's derivative."""
+        powers = self._sums(gradients.square())
+        factor = (norm / powers.sqrt()).clamp(max=1)
+        clipped = self._spread(factor) * gradients - targets
+        along = self._by_slice(clipped * gradients) / powers
+        half = self._spread(factor) * (clipped - self._spread(along) * gradients)
+        least = torch.minimum(squares, self._sums(clipped.square()))
+        return torch.where(self._spread(least < squares), half, residual), least
 
 
 class LayerCosine:

@@ -1,6 +1,7 @@
 """What an attacker who knows the scheme alone reads its parameters from: the observation, by closed forms."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,3 +54,30 @@ def noisy_slices(residuals: Tensor, knowledge: Knowledge) -> Tensor:
         count = F.pad(gaps, (0, 1), value=-torch.inf).argmax(1, keepdim=True) + 1
     rank = torch.arange(order.shape[1], device=order.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, rank < count)
+
+
+def mean_of_rounds(observation: Observation) -> Observation:
+    """Return the observation with the mean of what each victim sent over all rounds at these weights."""
+    assert observation.knowledge
+    repeats = observation.knowledge.repeats
+    total = observation.gradients + repeats.sum(1)
+    return replace(observation, gradients=total / (1 + repeats.shape[1]))
+
+
+def clipping_norm(observation: Observation, knowledge: Knowledge) -> Tensor:
+    """Return the L2 norm to which what each victim sent was clipped, [N], gradient units.
+
+    If it is not public, it is the length of the mean t of all R rounds, which `observation` must hold, without
+    what noise adds to it: ‖t‖² − d·σ²/R. Where the gradients of single samples were clipped and disagree, their
+    mean is shorter than the norm: then the scale of the dummy's gradient is wrong, but not its direction.
+
+    Source: Li et al. (GGL), CVPR 2022 (the length of what was sent), without the correction.
+    """
+    gradients, rounds = observation.gradients, 1 + knowledge.repeats.shape[1]
+    if knowledge.parameters == "public":
+        return gradients.new_full((len(gradients),), getattr(knowledge.defense, "clipping_norm"))  # noqa: B009
+    first = rounds * gradients - knowledge.repeats.sum(1)
+    variance = noise_std(replace(observation, gradients=first), knowledge).square()[:, 0] / rounds
+    power = gradients.square().sum(1)
+    # Of what noise hides altogether, a hundredth of the length is left to go on with.
+    return torch.maximum(power - gradients.shape[1] * variance, 1e-4 * power).sqrt()

@@ -17,6 +17,7 @@ from fedsim.attacks.chain import Pullback, chain_of
 from fedsim.attacks.convolutions import FastConvolutions
 from fedsim.attacks.distances import Distance, Scalable, SquaredError, Targets
 from fedsim.attacks.labels import one_hot
+from fedsim.attacks.transformations import through
 from fedsim.errors import ConfigError
 from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
@@ -68,6 +69,7 @@ class GradientMatching:
             ConfigError: If a pattern matches nothing, if nothing is left to match, or if a gradient is not finite.
         """
         weights, layout = observation.weights.to(dtype), observation.model.layout
+        self.transformation = observation.transformation
         kept = kept_parameters(layout, ignore)
         self.spans = [layout.span(name) for name in kept]
         self.whole = len(kept) == len(layout.names)
@@ -86,7 +88,8 @@ class GradientMatching:
         one = len(weights) * weights.element_size() * observation.batch_size
         self.piece = max(1, PIECE_BYTES.get(weights.device.type, PIECE_BYTES["cpu"]) // one)
         chain = chain_of(observation.model, weights) if observation.local.steps == 1 else None
-        self.engine = chain or Autodiff(observation.model, weights, observation.local, singly=self.piece == 1)
+        singly = self.piece == 1 and not (self.transformation and self.transformation.by_sample)
+        self.engine = chain or Autodiff(observation.model, weights, observation.local, singly=singly)
         self.dimension, self.rate = len(weights), observation.local.learning_rate
 
     def __call__(
@@ -109,7 +112,7 @@ class GradientMatching:
 
     def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
         unknown = rates if self.rate is None else None
-        gradients, pullback = self.engine.gradients(images, probabilities, unknown)
+        gradients, pullback = self._gradients(images, probabilities, unknown, victims)
         selected = self._select(gradients)
         if self.scale is not None:
             selected = selected * self.scale[victims]
@@ -129,6 +132,13 @@ class GradientMatching:
         by_images, by_probabilities, *by_rates = pullback(self._spread(by_selected))
         by_log_rate = sum((by_rate * rates for by_rate in by_rates), by_log_rate)
         return loss, by_images, by_probabilities, by_log_rate, factor
+
+    def _gradients(
+        self, images: Tensor, probabilities: Tensor, rates: Tensor | None, victims: Tensor
+    ) -> tuple[Tensor, Pullback]:
+        if self.transformation is None:
+            return self.engine.gradients(images, probabilities, rates)
+        return through(self.transformation, self.engine, images, probabilities, rates, victims)
 
     def _select(self, vectors: Tensor) -> Tensor:
         return vectors if self.whole else torch.cat([vectors[:, span] for span in self.spans], 1)

@@ -84,7 +84,9 @@ class InverterConfig(AttackSettings):
         """See `AttackSettings.check_public`: a batch to learn from and one to hold out."""
         used = min(count, self.images or count)
         if used < 2 * batch_size or used - _held_out(used) < batch_size:
-            raise ConfigError(f"inverter: {used} public images are too few to learn from")
+            raise ConfigError(
+                f"inverter: {used} public images are too few to learn from for gradients of {batch_size} image(s)"
+            )
 
     def build(self) -> Attack:
         """Return the attack."""

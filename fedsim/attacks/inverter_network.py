@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,6 +108,8 @@ def matched(found: Tensor, images: Tensor) -> Tensor:
     m, size = images.shape[:2]
     if size == 1:
         return torch.zeros(m, 1, dtype=torch.long, device=images.device)
+    from scipy.optimize import linear_sum_assignment  # every worker would pay for importing it
+
     costs = torch.cdist(found.flatten(2), images.flatten(2)).square().cpu().numpy()
     orders = [torch.from_numpy(linear_sum_assignment(cost)[1]) for cost in costs]
     return torch.stack(orders).to(images.device)

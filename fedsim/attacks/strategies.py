@@ -1,8 +1,8 @@
 """What attackers do who know the defense: each strategy turns what was seen into what is worth matching.
 
 A strategy returns the observation with cleaner gradients, with `trust` in its entries, or both, and may have the
-attack match by another distance; then the attack goes on as ever. Its result is judged against the private images
-under that same observation and distance.
+attack match by another distance, or transform the dummy's gradient as the defense does; then the attack goes on as
+ever. Its result is judged against the private images under that same observation, distance and transformation.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.distances import AbsoluteError, SliceError
-from fedsim.attacks.estimates import noise_std, noisy_slices
+from fedsim.attacks.estimates import mean_of_rounds, noise_std, noisy_slices
 from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
+from fedsim.attacks.transformations import TRANSFORMATIONS
 from fedsim.defenses.base import Defense, DefenseSettings
 from fedsim.defenses.denoising import marchenko_pastur_denoise
 from fedsim.errors import ConfigError
@@ -66,10 +67,13 @@ def muted(observation: Observation, knowledge: Knowledge, attack: Attack) -> Obs
 def slices(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Find the k noisy slices as those that the best-matching image leaves the largest residuals in.
 
-    The image is searched with `SliceError`, which needs neither the slices nor the strength of the noise.
+    The image is searched with `SliceError`, which needs neither the slices nor the strength of the noise, but
+    profits from the norm to which noisy slices were clipped, where that is public.
     """
     bounds = knowledge.public["slice_bounds"].tolist()
-    found = attack.matching(partial(SliceError, bounds=tuple(bounds))).reconstruct(observation)
+    norm = getattr(knowledge.defense, "clipping_norm", None) if knowledge.parameters == "public" else None
+    error = partial(SliceError, bounds=tuple(bounds), clipping_norm=norm)
+    found = attack.matching(error).reconstruct(observation)
     p = one_hot(found.labels, observation.model.classes, observation.weights)
     engine = Autodiff(observation.model, observation.weights, observation.local)
     gradients, _ = engine.gradients(found.images.to(p), p)
@@ -94,9 +98,7 @@ def denoise(observation: Observation, knowledge: Knowledge, attack: Attack) -> O
 
 def average(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Average what each victim sent over all rounds at these weights: independent noise averages out."""
-    repeats = knowledge.repeats
-    total = observation.gradients + repeats.sum(1)
-    return replace(observation, gradients=total / (1 + repeats.shape[1]))
+    return mean_of_rounds(observation)
 
 
 def agreement(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
@@ -138,6 +140,16 @@ def laplace(observation: Observation, knowledge: Knowledge, attack: Attack) -> O
     return observation
 
 
+def clipped(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Average the rounds, and clip the dummy's gradient as the defense does: see `transformed`."""
+    return mean_of_rounds(observation)
+
+
+def pruned(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
+    """Leave what was seen as it is, and prune the dummy's gradient as far as the zeros tell: see `transformed`."""
+    return observation
+
+
 def simulated(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
     """Leave what was seen as it is: the attack has learned from gradients that were protected alike."""
     return observation
@@ -148,6 +160,9 @@ REPEATED = frozenset({"average", "agreement", "simulated_average"})
 
 REMATCHED = frozenset({"laplace"})
 """Strategies that match by a distance of their own, over all rounds."""
+
+LOOK_BACK = REMATCHED | {"clipped"}
+"""Strategies whose distance or transformation depends on what was sent in other rounds."""
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
@@ -161,6 +176,8 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "agreement": agreement,
         "likelihood": likelihood,
         "laplace": laplace,
+        "clipped": clipped,
+        "pruned": pruned,
         "simulated": simulated,
         "simulated_average": average,
     }
@@ -195,7 +212,14 @@ def apply(name: str, observation: Observation, attack: Attack) -> Observation:
     if not name:
         return observation
     assert observation.knowledge
-    return STRATEGIES[name](observation, observation.knowledge, attack)
+    return transformed(name, STRATEGIES[name](observation, observation.knowledge, attack))
+
+
+def transformed(name: str, observation: Observation) -> Observation:
+    """Return the observation with the transformation of the dummy that a strategy takes; most take none."""
+    if name not in TRANSFORMATIONS:
+        return observation
+    return replace(observation, transformation=TRANSFORMATIONS[name](observation))
 
 
 def armed(name: str, observation: Observation, attack: Attack) -> Attack:

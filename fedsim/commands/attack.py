@@ -60,8 +60,8 @@ def attack(options: Namespace) -> int:
 
 def _config(options: Namespace) -> "PayloadAttackConfig":
     from fedsim.commands.base import split_settings
-    from fedsim.config import merged, parse_overrides, read_yaml
     from fedsim.payload_config import parse_payload_config
+    from fedsim.settings import merged, parse_overrides, read_yaml
 
     path, overrides = split_settings(options.settings)
     chosen: dict[str, Any] = {}
@@ -89,8 +89,8 @@ def _check_folder(folder: Path, checked: "CheckedPayload", resume: bool) -> bool
     Raises:
         ConfigError: If it holds something else, or this attack and `resume` was not asked for.
     """
-    from fedsim.config import read_yaml
     from fedsim.files import check_folder
+    from fedsim.settings import read_yaml
 
     def is_same(saved: Path) -> bool:
         return read_yaml(saved) == _identity(checked)

@@ -8,7 +8,7 @@ from fedsim.commands.base import draw_partition_of, make_console, work_options
 from fedsim.commands.reading import write_report
 
 if TYPE_CHECKING:
-    from fedsim.comparison import ComparisonConfig
+    from fedsim.comparison_config import ComparisonConfig
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def compare(options: Namespace) -> int:
 
 def _chosen(options: Namespace) -> "ComparisonConfig":
     """Return the preset narrowed to what the options name, under a name that says so."""
-    from fedsim.comparison import load_comparison_config, narrow
+    from fedsim.comparison_config import load_comparison_config, narrow
 
     config = load_comparison_config(options.preset)
     seeds = range(options.seeds) if options.seeds else None if options.seed is None else [options.seed]

@@ -50,8 +50,9 @@ def validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def validate(options: Namespace) -> int:
     """Check a config and start nothing."""
-    from fedsim.comparison import parse_comparison
-    from fedsim.config import load_config, read_yaml
+    from fedsim.comparison_config import parse_comparison
+    from fedsim.config import load_config
+    from fedsim.settings import read_yaml
 
     path, overrides = split_settings(options.settings)
     if path is None:

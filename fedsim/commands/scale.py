@@ -75,8 +75,8 @@ def scale(options: Namespace) -> int:
 
 
 def _config(options: Namespace) -> "ScaleConfig":
-    from fedsim.config import merged, parse_overrides, read_yaml
     from fedsim.scale.grid import parse_scale
+    from fedsim.settings import merged, parse_overrides, read_yaml
 
     path, overrides = split_settings(options.settings)
     chosen: dict[str, Any] = {k: getattr(options, k) for k in ("name", "seed") if getattr(options, k) is not None}

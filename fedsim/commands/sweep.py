@@ -52,6 +52,7 @@ def _print_plan(job: "Sweep", console: Any) -> None:
     import yaml
 
     from fedsim.sweep.outcomes import describe
+    from fedsim.sweep.resources import widest
 
     config = job.config
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -61,8 +62,9 @@ def _print_plan(job: "Sweep", console: Any) -> None:
             f"# {describe(point) or 'the base experiment'}", highlight=False, soft_wrap=True, markup=False
         )
     points = config.budget.trials if job.adaptive else len(job.points)
+    size = f"{points} points × {len(config.seeds)} seeds, at most {widest(config)} workers a trial"
     console.print(
-        f"# {points} points × {len(config.seeds)} seeds, at most {job.widest} workers a trial; in {job.folder}",
+        f"# {size}; in {job.folder}",
         highlight=False,
         soft_wrap=True,
     )

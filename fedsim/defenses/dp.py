@@ -33,7 +33,8 @@ class NoiseConfig(DefenseSettings):
 
     def strategies(self) -> tuple[str, ...]:
         """The noise is the only secret, and to be told it would be to be told the gradient: no oracle."""
-        return ("likelihood", "denoise", "average")
+        clipping = () if self.clipping_norm is None else ("clipped",)
+        return ("likelihood", "denoise", "average", *clipping)
 
 
 class GaussianConfig(NoiseConfig):

@@ -25,7 +25,7 @@ class GradientCompressionConfig(DefenseSettings):
 
     def strategies(self) -> tuple[str, ...]:
         """The zeros in the observation tell what was pruned, so there is nothing more to tell an oracle."""
-        return ("survivors", "thresholds")
+        return ("survivors", "thresholds", "pruned")
 
 
 class GradientCompression(Defense):

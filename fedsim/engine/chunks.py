@@ -192,7 +192,7 @@ def attack(
         payload,
         gradients=observation.gradients.cpu().numpy(),
         trust=None if observation.trust is None else observation.trust.cpu().numpy(),
-        repeats=payload.repeats if job.strategy in strategies.REMATCHED else None,
+        repeats=payload.repeats if job.strategy in strategies.LOOK_BACK else None,
     )
     return strategies.armed(job.strategy, observation, attack).reconstruct(observation).cpu(), seen
 
@@ -201,7 +201,7 @@ def matching_loss(
     session: Session, weights: Tensor, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor
 ) -> Tensor | None:
     """Return the attack's loss at the private images, shape [N]: for the audit, never for an attack."""
-    observation = _observation(session, weights, payload, job)
+    observation = strategies.transformed(job.strategy, _observation(session, weights, payload, job))
     attack = strategies.armed(job.strategy, observation, session.spec.config.attacks[job.attack].build())
     loss = attack.matching_loss(observation, images.to(session.device), labels.to(session.device))
     return None if loss is None else loss.detach().cpu()

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.engine.lessons import Lesson, naive_key
 from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
+from fedsim.engine.rounds import Round, RoundRecord
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
 from fedsim.errors import RunError
 from fedsim.learning.execution import Execution
-from fedsim.participation import Participation
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
 EVALUATION_SHARD = 1000
@@ -31,45 +31,6 @@ EVALUATION_SHARD = 1000
 
 SERVER_RESTARTS = 20
 """Times that a simulation survives the death of its parameter server."""
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What a round tells the driver.
-
-    Attributes:
-        round: Its number, from 0.
-        loss: Mean local loss, weighted by examples.
-        seconds: From drawing the cohort to the new weights.
-        local_seconds: Worker time in local training, summed over workers.
-        defense_seconds: Worker time in the defense's client half, summed.
-        aggregate_seconds: Server time to add.
-        compensate_seconds: Server time in the defense's server half.
-        idle_seconds: Mean worker time not spent on local training or defense.
-        upload_bytes: Mean bytes that a client sent.
-        clients: Clients whose updates counted.
-        rejected: Clients whose updates could not be used, and why.
-        clients_dropped: Sampled clients that never reported.
-        clients_late: Sampled clients that reported too late.
-        late_bytes: What these sent in vain, taken to be as much a client as the others.
-        simulated_seconds: Simulated time until the server had its updates; None without stragglers.
-    """
-
-    round: int
-    loss: float
-    seconds: float
-    local_seconds: float
-    defense_seconds: float
-    aggregate_seconds: float
-    compensate_seconds: float
-    idle_seconds: float
-    upload_bytes: float
-    clients: int
-    rejected: dict[int, str]
-    clients_dropped: int
-    clients_late: int
-    late_bytes: float
-    simulated_seconds: float | None
 
 
 class Federation:
@@ -121,33 +82,32 @@ class Federation:
         Raises:
             RunError: If too few clients sent a usable update, or a chunk cost three workers.
         """
-        start = time.perf_counter()
-        who = self.spec.participation(round_)
-        self._check_quorum(round_, who, [])
+        this = Round(round_, self.spec)
+        this.check_quorum([])
         for _ in range(TRIES):
-            calls = self._compute(round_, who.clients)
+            calls = self._compute(this)
             reports = [report for call in calls for report in call.value]
-            self._check_quorum(round_, who, reports)
+            this.check_quorum(reports)
             try:
                 server_seconds = self._finish(round_, reports, calls)
             except ObjectLostError:
                 # Sums went with their node before the server had them: only the clients can make them again.
                 self.runtime.pool.faults.chunks_retried += len(reports)
                 continue
-            return self._record(round_, time.perf_counter() - start, who, reports, server_seconds)
+            return this.record(reports, server_seconds, len(self.runtime.pool.workers))
         raise RunError(f"round {round_}: {TRIES} times in a row a node was lost with its clients' updates")
 
-    def _compute(self, round_: int, clients: tuple[int, ...]) -> list[Call]:
+    def _compute(self, this: Round) -> list[Call]:
         """Let the workers train the clients; return the calls that did it: a sum and the chunks' reports each."""
         config = self.spec.config
         width = config.chunk_width(config.federation.clients_per_round, self.runtime.device)
-        tasks = [ChunkTask(round_, part) for part in split_evenly(clients, width)]
+        tasks = [ChunkTask(this.number, part) for part in split_evenly(this.who.clients, width)]
         shared = (self._handle, self._output.weights, self._output.public)
         return self.runtime.pool.deal(
             "run_chunks",
             Dealer(len(tasks), width),
             lambda block: (*shared, tuple(tasks[block.start : block.start + block.size]), block.start),
-            lambda index: f"round {round_}: the chunk of clients {list(tasks[index].clients)}",
+            lambda index: f"round {this.number}: the chunk of clients {list(tasks[index].clients)}",
         )
 
     def evaluate(self) -> tuple[float, float]:
@@ -223,17 +183,6 @@ class Federation:
     def _gather(self, method: str, calls: list[tuple[Any, ...]], what: str) -> list[Any]:
         return self.runtime.pool.map(method, calls, lambda index: f"{what} ({index})")
 
-    def _check_quorum(self, round_: int, who: Participation, reports: list[ChunkReport]) -> None:
-        rejected = sum(len(report.rejected) for report in reports)
-        usable, least = len(who.clients) - rejected, self.spec.config.federation.min_clients
-        if usable < least:
-            sampled = len(who.clients) + len(who.dropped) + len(who.late)
-            raise RunError(
-                f"round {round_}: {usable} of {sampled} clients sent a usable update, fewer than "
-                f"federation.min_clients ({least}): {len(who.dropped)} dropped out, {len(who.late)} were late, "
-                f"{rejected} sent what is not finite or has the wrong size"
-            )
-
     def _open(self, state: Any) -> RoundOutput:
         """Open the simulation on the server, waiting for a server that is on its way back."""
         start, limit = time.monotonic(), self.runtime.pool.recovery_seconds
@@ -267,34 +216,3 @@ class Federation:
             self.rounds_done += 1
             self._output = RoundOutput(*references)
             return seconds
-
-    def _record(
-        self,
-        round_: int,
-        seconds: float,
-        who: Participation,
-        reports: list[ChunkReport],
-        server_seconds: dict[str, float],
-    ) -> RoundRecord:
-        local = sum(report.local_seconds for report in reports)
-        defense = sum(report.defense_seconds for report in reports)
-        rejected = {client: reason for report in reports for client, reason in report.rejected.items()}
-        client_weights = [weight for report in reports for weight in report.client_weights]
-        upload_bytes = sum(report.upload_bytes for report in reports) / len(who.clients)
-        return RoundRecord(
-            round=round_,
-            loss=sum(report.loss for report in reports) / sum(client_weights),
-            seconds=seconds,
-            local_seconds=local,
-            defense_seconds=defense,
-            aggregate_seconds=server_seconds["aggregate"],
-            compensate_seconds=server_seconds["compensate"],
-            idle_seconds=seconds - (local + defense) / len(self.runtime.pool.workers),
-            upload_bytes=upload_bytes,
-            clients=len(client_weights),
-            rejected=rejected,
-            clients_dropped=len(who.dropped),
-            clients_late=len(who.late),
-            late_bytes=len(who.late) * upload_bytes,
-            simulated_seconds=who.seconds,
-        )

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
 from fedsim.engine.pool import WorkerPool
+from fedsim.engine.ports import own_agent_port
 from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
@@ -63,7 +64,8 @@ class Cluster:
             self._scratch = Scratch()
             common |= {"_temp_dir": str(self._scratch.path), "num_cpus": max(local_cpus(), cpus)}
         try:
-            ray.init(address=address or "local", namespace="fedsim", **common)
+            with own_agent_port():
+                ray.init(address=address or "local", namespace="fedsim", **common)
             # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
             _on_terminate(signal.default_int_handler)
         except BaseException as error:  # Ray raises a bare Exception when its processes are slow to start

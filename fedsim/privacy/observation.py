@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fedsim.defenses.base import DefenseSettings
 from fedsim.learning.models import Model
+
+if TYPE_CHECKING:
+    from fedsim.attacks.transformations import Transformation
 
 Adversary = Literal["naive", "adaptive", "oracle"]
 """What the attacker knows of the defense: not that there is one; the scheme and its public parameters; also what
@@ -139,6 +142,7 @@ class Observation:
             judgement of what the defense left intact. None: all alike.
         knowledge: What the adversary knows of the defense; None for the naive one.
         local: The local training behind each gradient.
+        transformation: What is done to the dummies' gradients before they are compared; None: nothing.
     """
 
     model: Model
@@ -151,6 +155,7 @@ class Observation:
     trust: Tensor | None = None
     knowledge: Knowledge | None = None
     local: LocalTraining = ONE_STEP
+    transformation: "Transformation | None" = None
 
     @property
     def victims(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from fedsim.config import ExperimentConfig, merged, parse_config
+from fedsim.config import ExperimentConfig, parse_config
 from fedsim.data.datasets import Dataset, root_set
 from fedsim.data.partitions import Partition
 from fedsim.engine.dealing import call_count, chunk_count
@@ -19,6 +19,7 @@ from fedsim.environment import local_device
 from fedsim.errors import ConfigError
 from fedsim.randomness import Purpose, numpy_stream
 from fedsim.schema import Schema, explain
+from fedsim.settings import merged
 
 Integers = np.typing.NDArray[np.int64]
 Width = Literal["auto"] | int

@@ -14,8 +14,9 @@ import psutil
 import ray
 
 from fedsim.config import RuntimeConfig
-from fedsim.engine.federation import Federation, RoundRecord
+from fedsim.engine.federation import Federation
 from fedsim.engine.pool import WorkerPool
+from fedsim.engine.rounds import RoundRecord
 from fedsim.engine.runtime import Cluster, Runtime, local_cpus
 from fedsim.scale.grid import Cell, Workload, describe
 from fedsim.scale.load import CpuTimes

@@ -6,6 +6,7 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
+from fedsim.engine.ports import free_port
 from fedsim.errors import RunError
 
 STORE_BYTES = 512 * 2**20
@@ -32,7 +33,10 @@ class LocalNodes:
             self._cluster = Cluster()
             for _ in range(self.nodes):
                 self._cluster.add_node(
-                    num_cpus=self.cpus, object_store_memory=STORE_BYTES, include_dashboard=False
+                    num_cpus=self.cpus,
+                    object_store_memory=STORE_BYTES,
+                    include_dashboard=False,
+                    dashboard_agent_listen_port=free_port(),
                 )
         except Exception as error:  # Ray raises a bare Exception when its processes are slow to start
             self._stop()

@@ -13,7 +13,6 @@ import ray
 import yaml
 
 from fedsim import environment
-from fedsim.config import read_yaml
 from fedsim.data.datasets import load_dataset
 from fedsim.engine.runtime import Cluster, check_address, local_cpus
 from fedsim.errors import ConfigError
@@ -22,6 +21,7 @@ from fedsim.progress import Reporter
 from fedsim.scale.cost_model import Point
 from fedsim.scale.grid import Cell, ScaleConfig, Workload, describe
 from fedsim.scale.measure import measure, of_cell, started
+from fedsim.settings import read_yaml
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
 
 USABLE_MEMORY = 0.8

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from fedsim.comparison import load_comparison_config
-from fedsim.config import ExperimentConfig, TrackingConfig, merged, parse_config, read_yaml
+from fedsim.comparison_config import load_comparison_config
+from fedsim.config import ExperimentConfig, TrackingConfig, parse_config
 from fedsim.errors import ConfigError
 from fedsim.schema import Schema, explain, suggest
+from fedsim.settings import merged, read_yaml
 from fedsim.sweep.metrics import ROUND_METRICS, reported_metrics
 from fedsim.sweep.space import Interval, Point, Settings, Space, lay
 

@@ -31,7 +31,7 @@ def _audits(config: ExperimentConfig) -> list[Audited]:
         (adversary, audit_stem(attack.title, adversary, strategy, round_))
         for attack in config.attacks
         for adversary in config.audit.adversaries
-        for strategy in strategies_of(config.defense, adversary, config.audit.observations)
+        for strategy in strategies_of(config.defense, adversary, config.audit.observations, attack)
         for round_ in config.audit.rounds
     ]
 

@@ -3,51 +3,30 @@
 import os
 import shutil
 import sys
-import time
 from collections import Counter
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import yaml
-from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from rich.console import Console
 
-from fedsim.config import ExperimentConfig, RuntimeConfig, read_yaml
+from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, dataset_key, load_dataset
 from fedsim.engine.runtime import Cluster
 from fedsim.errors import ConfigError
 from fedsim.files import check_folder, write_atomically
 from fedsim.preparation import prepare
-from fedsim.sweep.config import (
-    AshaConfig,
-    MedianConfig,
-    OptunaSearchConfig,
-    PbtConfig,
-    SweepConfig,
-    check_sweep,
-)
-from fedsim.sweep.evolution import population
+from fedsim.settings import read_yaml
+from fedsim.sweep.config import OptunaSearchConfig, SweepConfig, check_sweep
 from fedsim.sweep.outcomes import Outcome, OutcomeFolder, as_frame
 from fedsim.sweep.progress import StopRule, SweepProgress
+from fedsim.sweep.resources import check_room, widest
 from fedsim.sweep.settle import settle
-from fedsim.sweep.space import Point
-from fedsim.sweep.trial import TrialContext, run_trial
+from fedsim.sweep.trial import TrialContext
+from fedsim.sweep.tuning import Tuning
 from fedsim.tracking import TrackedRun, Tracker, resolve_uri
-
-# Read by Tune: relative paths of the user keep their meaning, a report need not hold every objective, and nobody
-# needs Tune's own progress and logs beside ours and MLflow's.
-TUNE_SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 @dataclass
@@ -83,7 +62,6 @@ class Sweep:
                 "--storage: a cluster's nodes need a common place for checkpoints: a folder or s3://…"
             )
         self.adaptive = isinstance(self.config.search, OptunaSearchConfig)
-        self.evolving = isinstance(self.config.scheduler, PbtConfig)
         self.points = [] if self.adaptive else self.config.points()
         self.datasets: dict[str, Dataset] = {}
         samples = list(self.config.parsed_space().corners(grid=True))
@@ -96,10 +74,6 @@ class Sweep:
             if _kind(config) not in prepared:
                 prepared.add(_kind(config))
                 prepare(config, self.datasets[key], self.data_dir)
-        self.widest = max(_workers(self._example(point).runtime) for point in samples)
-
-    def _example(self, point: Point) -> ExperimentConfig:
-        return self.config.experiment_at(point, self.config.seeds[0])
 
     @property
     def folder(self) -> Path:
@@ -136,8 +110,10 @@ class Sweep:
             tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
         parent, status = None, "KILLED"
         try:
-            with Cluster(self.address, self.widest):
-                self._check_room()
+            # Ray takes seconds to start: a sweep that is over is only summarised again.
+            with nullcontext() if self._is_over() else Cluster(self.address, widest(self.config)) as cluster:
+                if cluster:
+                    check_room(self.config)
                 self._claim()
                 parent = self._start(tracker) if tracker else None
                 outcomes = self._tune(parent.run_id if parent else None)
@@ -151,32 +127,26 @@ class Sweep:
                 settle(tracker, parent, self.outcomes.every())
                 parent.finish(status)
 
+    def _is_over(self) -> bool:
+        """Return whether every planned trial is done; what Optuna would still ask for is not looked at."""
+        return not self.adaptive and all(self.outcomes.load(planned).done for planned in self.plan)
+
     def _tune(self, parent_run: str | None) -> list[Outcome]:
-        search, space, trials = self._search()
+        tuning = Tuning(self.config, self.folder, self.outcomes, self.plan, self.storage)
+        search, space, trials = tuning.search()
         if trials > 0:
-            # A population meets only if Tune knows all of it, also those that wait for a place.
-            pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(trials)} if self.evolving else {}
-            os.environ.update(TUNE_SETTINGS | pending)
             rule = StopRule(self.config)
             progress = SweepProgress(self.config, trials, self.outcomes, rule, self.console)
             with progress.bar:
-                self._tuner(parent_run, search, space, trials, progress, rule).fit()
+                tuning.tuner(self._context(parent_run), search, space, trials, progress, rule).fit()
             if progress.done < trials and not rule.over:
                 raise KeyboardInterrupt
-        if self.adaptive or self.evolving:
+        if self.adaptive or tuning.evolving:
             return self.outcomes.every()
         return [self.outcomes.load(planned) for planned in self.plan]
 
-    def _tuner(
-        self,
-        parent_run: str | None,
-        search: Any,
-        space: dict[str, Any],
-        trials: int,
-        progress: SweepProgress,
-        rule: StopRule,
-    ) -> tune.Tuner:
-        context = TrialContext(
+    def _context(self, parent_run: str | None) -> TrialContext:
+        return TrialContext(
             self.config,
             self.folder,
             self.tracking_uri,
@@ -185,101 +155,6 @@ class Sweep:
             [os.getcwd(), *sys.path],
             self.data_dir and self.data_dir.resolve(),
         )
-        # Tune sends it to every trial's process: it must not hold the sweep itself.
-        reserve = partial(_reserve, self.config)
-        return tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, context=context), reserve),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                num_samples=trials if search else 1,
-                search_alg=search,
-                scheduler=self._scheduler(),
-                max_concurrent_trials=self.config.concurrent or (self._at_a_time() if search else None),
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name=f"session-{time.time_ns()}",
-                storage_path=self._storage_path(),
-                failure_config=tune.FailureConfig(max_failures=self.config.retries),
-                # In a population a trial may be told to go on from what another has just replaced.
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if self.evolving else 1),
-                stop=rule,
-                callbacks=[progress],
-                verbose=0,
-            ),
-        )
-
-    def _storage_path(self) -> str:
-        if self.storage is None:
-            return str(self.folder / "tune")
-        place = self.storage if "://" in self.storage else str(Path(self.storage).resolve())
-        return f"{place.rstrip('/')}/{self.config.name}"
-
-    def _search(self) -> tuple[Any, dict[str, Any], int]:
-        """Return the searcher (None: the grid that follows), Tune's space, and the number of trials to run."""
-        config = self.config
-        if isinstance(config.search, OptunaSearchConfig):
-            from fedsim.sweep.optuna_search import OptunaPoints
-
-            file = self.folder / "optuna.db"
-            search = OptunaPoints(config.parsed_space(), config.objectives, config.seeds, config.search, file)
-            return search, {}, (config.budget.trials or 0) - search.finished
-        if self.evolving and len(self.outcomes.every()) < len(self.plan):
-            shutil.rmtree(self.outcomes.path, ignore_errors=True)
-        rest = [
-            {"point": planned.point, "seeds": list(planned.seeds)}
-            for planned in self.plan
-            if not self.outcomes.load(planned).done
-        ]
-        if self.evolving and self.outcomes.every():
-            rest = []
-        return None, {"trial": tune.grid_search(rest)}, len(rest)
-
-    def _scheduler(self) -> TrialScheduler:
-        scheduler, first = self.config.scheduler, self.config.objectives[0]
-        if isinstance(scheduler, AshaConfig):
-            points = self.config.parsed_space().corners(grid=True)
-            most = max(self._example(p).federation.rounds for p in points) * len(self.config.seeds)
-            return AsyncHyperBandScheduler(
-                time_attr="round",
-                metric=first.metric,
-                mode=first.direction,
-                # One more than there are rounds: whoever comes to the end still has the last audits before it.
-                max_t=most + 1,
-                grace_period=min(scheduler.grace_rounds, most),
-                reduction_factor=scheduler.reduction_factor,
-            )
-        if isinstance(scheduler, MedianConfig):
-            return MedianStoppingRule(
-                time_attr="round", metric=first.metric, mode=first.direction, grace_period=scheduler.grace_rounds
-            )
-        if isinstance(scheduler, PbtConfig):
-            return population(self.config, scheduler)
-        return FIFOScheduler()
-
-    def _at_a_time(self) -> int:
-        return max(1, int(ray.cluster_resources().get("CPU", 1)) // self.widest)
-
-    def _check_room(self) -> None:
-        """See that every trial can be placed, on the cluster as it is.
-
-        Raises:
-            ConfigError: If not, with what it needs and what there is.
-        """
-        if self.config.elastic:
-            return
-        there = ray.cluster_resources()
-        for point in self.config.parsed_space().corners(grid=True):
-            runtime = self._example(point).runtime
-            for kind, amount in _bundle(runtime).items():
-                needs = amount * _workers(runtime)
-                if needs > there.get(kind, 0):
-                    raise ConfigError(
-                        f"{self.config.name}: a trial needs {needs:g} {kind} for {_workers(runtime)} workers, but "
-                        f"the cluster has {there.get(kind, 0):g}; lower runtime.workers, or set elastic: true if "
-                        "the cluster grows on demand"
-                    )
 
     def _summarise(self, outcomes: list[Outcome], parent: TrackedRun | None) -> None:
         table = self.folder / "trials.csv"
@@ -307,24 +182,8 @@ class Sweep:
         check_folder(self.folder, "sweep.yaml", "sweep", is_same, resume)
 
 
-def _reserve(config: SweepConfig, settings: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-    """Reserve for a trial's workers, so that no pending trial can hold what another's workers wait for."""
-    settings = settings.get("trial") or {"point": next(config.parsed_space().corners(grid=True))}
-    runtime = config.experiment_at(settings["point"], config.seeds[0]).runtime
-    return tune.PlacementGroupFactory([{}, *[_bundle(runtime)] * _workers(runtime)])
-
-
 def _kind(config: ExperimentConfig) -> str:
     """Return all that `prepare` depends on."""
     federation = config.federation
     sizes = (federation.clients, federation.clients_per_round, federation.root_per_class, federation.batch_size)
     return repr((config.data, config.model, sizes, config.audit, bool(config.attacks)))
-
-
-def _workers(runtime: RuntimeConfig) -> int:
-    return 1 if runtime.workers == "auto" else runtime.workers
-
-
-def _bundle(runtime: RuntimeConfig) -> dict[str, float]:
-    """Return what one worker of a trial takes."""
-    return {"CPU": 1.0, "GPU": runtime.gpus_per_worker} if ray.cluster_resources().get("GPU") else {"CPU": 1.0}

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import pytest
@@ -115,6 +116,30 @@ def test_the_slice_error_is_one_at_zero_and_finite_at_an_exact_match():
     torch.testing.assert_close(at_zero, torch.ones(1))
     loss, slope = distance(targets.clone(), victim)
     assert torch.isfinite(loss).all() and torch.isfinite(slope).all() and float(loss) < 1e-6
+
+
+def test_a_slice_counts_as_it_is_or_clipped_whichever_matches_better() -> None:
+    """Against a loop over slices of 2, 4 and 6 entries, and automatic differentiation; the norm is 1."""
+    bounds, norm, victim = (0, 2, 6, 12), 1.0, torch.zeros(1, dtype=torch.long)
+    truth = 3 * rand(1, 12, seed=1).double()
+    target = truth.clone()
+    target[0, 2:6] *= norm / target[0, 2:6].norm()
+    distance = SliceError(Targets(target, (12,)), bounds, norm)
+    assert float(distance(truth.clone(), victim)[0]) < 1e-50, "clipping explains the second slice, without noise"
+    guess = (truth + 0.1 * rand(1, 12, seed=2)).requires_grad_()
+    logs = []
+    for start, stop in itertools.pairwise(bounds):
+        g, t = guess[0, start:stop], target[0, start:stop]
+        clipped = g * (norm / g.norm()).clamp(max=1)
+        least = torch.minimum((g - t).square().sum(), (clipped - t).square().sum())
+        logs.append((stop - start) / 12 * (least / t.square().sum()).log())
+    expected = torch.stack(logs).sum().exp()
+    loss, slope = distance(guess.detach().clone(), victim)
+    torch.testing.assert_close(loss[0], expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, guess)[0], rtol=1e-10, atol=1e-14)
+    naive = SliceError(Targets(target, (12,)), bounds)(truth.clone(), victim)[1]
+    shrinks = (naive * truth)[0, 2:6].sum() > 0
+    assert shrinks, "who does not know of clipping makes the gradient of that slice smaller"
 
 
 def test_the_absolute_error_of_several_rounds_is_least_at_their_median():

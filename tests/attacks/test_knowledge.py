@@ -17,6 +17,7 @@ from fedsim.defenses.base import DefenseSettings
 from fedsim.defenses.dp import GaussianConfig, LaplacianConfig
 from fedsim.defenses.gc import GradientCompressionConfig
 from fedsim.defenses.graddefense import GradDefenseConfig
+from fedsim.defenses.pld import PLDConfig
 from fedsim.learning.models import Model
 from fedsim.privacy.metrics import score
 from tests.attacks.problems import observe, victims
@@ -58,6 +59,8 @@ NOISE = 1.0
         GradientCompressionConfig(prune=0.5),
         GaussianConfig(sigma=3e-3),
         LaplacianConfig(sigma=3e-3),
+        PLDConfig(prune=0.05),
+        PLDConfig(prune=0.6),
     ],
     ids=lambda defense: f"{defense.name}",
 )

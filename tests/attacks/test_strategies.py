@@ -12,7 +12,7 @@ from fedsim.attacks.gradient_matching import Autodiff, GradientMatching
 from fedsim.attacks.inverter import InverterConfig
 from fedsim.attacks.strategies import STRATEGIES, apply, armed, strategies_of
 from fedsim.config import parse_config
-from fedsim.defenses.base import ClientContext, DefenseSettings
+from fedsim.defenses.base import ClientBatch, ClientContext, DefenseSettings
 from fedsim.defenses.dp import GaussianConfig, LaplacianConfig
 from fedsim.defenses.gc import GradientCompressionConfig
 from fedsim.defenses.graddefense import GradDefenseConfig
@@ -38,21 +38,24 @@ def defended(
     clean = observe(model, images, labels, know_labels=True)
     defense = settings.build()
     sizes = torch.tensor(model.layout.sizes)
-    public = {"slice_bounds": torch.arange(11) * int(sizes.sum()) // 10}
+    public = {"slice_bounds": torch.arange(11) * int(sizes.sum()) // 10, "probe_seed": torch.tensor([3])}
+    batch = ClientBatch(torch.arange(count), images, labels)
     seen = []
     for number in range(observations):
-        context = _context(model, clean, public, number)
+        context = _context(model, clean, batch, public, number)
         seen.append(defense.protect(clean.gradients, context))
-    secrets = defense.secrets(_context(model, clean, public, 0))
+    secrets = defense.secrets(_context(model, clean, batch, public, 0))
     knowledge = Knowledge(settings, public, {}, torch.stack(seen[1:] or [seen[0][:0]], 1)[:, : observations - 1])
     if observations == 1:
         knowledge = replace(knowledge, repeats=seen[0][:, None][:, :0])
     return images, replace(clean, gradients=seen[0], knowledge=knowledge), secrets
 
 
-def _context(model: Any, clean: Observation, public: dict[str, Tensor], number: int) -> ClientContext:
+def _context(
+    model: Any, clean: Observation, batch: ClientBatch, public: dict[str, Tensor], number: int
+) -> ClientContext:
     generators = [generator(1000 * number + victim) for victim in range(clean.victims)]
-    return ClientContext(model, clean.weights, [], generators, public)
+    return ClientContext(model, clean.weights, [batch], generators, public)
 
 
 def psnr(images: Tensor, observation: Observation, strategy: str, iterations: int = 400) -> float:

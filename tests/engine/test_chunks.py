@@ -91,6 +91,27 @@ def test_a_strategy_with_a_distance_of_its_own_is_judged_by_it(probed) -> None: 
 
 
 @pytest.mark.parametrize("parameters", ["public", "estimated"])
+def test_a_strategy_that_clips_the_dummy_is_judged_by_what_it_clips_to(parameters: str) -> None:
+    config = small_experiment(
+        defense={"name": "dp_gaussian", "sigma": 0, "clipping_norm": 0.5},
+        audit={"victims": 2, "adversaries": ["adaptive"], "observations": 2, "parameters": parameters},
+        attacks=[{"name": "dlg", "labels": "known", "iterations": 2}],
+    )
+    prepared = prepare(config, load_dataset(DigitsConfig()))
+    session = Session(prepared.spec, prepared.dataset, torch.device("cpu"))
+    weights, victims = session.model.initial_weights(), prepared.victims[0]
+    images, labels = session.train_data.take(np.stack([victim.images for victim in victims]))
+    payload = probes.probe(session, weights, {}, 0, victims)
+    losses = []
+    for strategy in ("average", "clipped"):
+        job = AttackJob(0, 1, labels.numpy(), (1, 2), "adaptive", strategy)
+        _, seen = chunks.attack(session, weights, payload, job)
+        losses.append(chunks.matching_loss(session, weights, seen, job, images, labels))
+    without, clipped = losses
+    assert clipped is not None and float(clipped.max()) < 1e-6 < 0.1 < float(without.min())
+
+
+@pytest.mark.parametrize("parameters", ["public", "estimated"])
 def test_adversaries_know_parameters_as_the_audit_says(parameters: str) -> None:
     audit = {"victims": 1, "adversaries": ["naive", "adaptive"], "parameters": parameters}
     config = small_experiment(defense={"name": "dp_gaussian"}, audit=audit, attacks=[{"name": "dlg"}])

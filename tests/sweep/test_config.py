@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedsim.comparison import load_comparison_config
+from fedsim.comparison_config import load_comparison_config
 from fedsim.config import ExperimentConfig, parse_config
 from fedsim.errors import ConfigError
 from fedsim.sweep.config import (

@@ -30,3 +30,10 @@ def test_nothing_is_promised_of_a_defense_that_is_not_there() -> None:
     assert "ART_overhead" not in reported_metrics(bare)
     assert not any("PSNR" in name for name in reported_metrics(bare))
     assert "ART_overhead" in reported_metrics(small_experiment(overhead_pairs=3, defense={"name": "gc"}))
+
+
+def test_an_attack_with_strategies_of_its_own_promises_those() -> None:
+    audit = {"victims": 1, "rounds": [0], "adversaries": ["adaptive"]}
+    learned = small_experiment(defense={"name": "gc"}, attacks=[{"name": "inverter"}], audit=audit)
+    audits = {name for name in reported_metrics(learned) if name.endswith(".PSNR") and name != "adaptive.PSNR"}
+    assert len(audits) == 1 and "simulated" in audits.pop()

@@ -6,7 +6,9 @@ from ray.tune.schedulers import TrialScheduler
 
 from fedsim.errors import ConfigError
 from fedsim.sweep.config import SweepConfig
+from fedsim.sweep.outcomes import OutcomeFolder
 from fedsim.sweep.run import Sweep
+from fedsim.sweep.tuning import Tuning
 
 
 def sweep(folder: Path, **settings: Any) -> Sweep:
@@ -23,7 +25,9 @@ class Trial:
 
 
 def test_asha_stops_the_worse_and_leaves_the_better_its_last_audits(tmp_path: Path) -> None:
-    scheduler = sweep(tmp_path, scheduler={"name": "asha", "grace_rounds": 1, "reduction_factor": 3})._scheduler()
+    asha = {"name": "asha", "grace_rounds": 1, "reduction_factor": 3}
+    config = sweep(tmp_path, scheduler=asha).config
+    scheduler = Tuning(config, tmp_path, OutcomeFolder(tmp_path), [], None).scheduler()
     trials: list[Any] = [Trial(number) for number in range(6)]
     for trial in trials:
         scheduler.on_trial_add(None, trial)

@@ -15,6 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from fedsim.engine.runtime import Runtime
+from fedsim.simulation import Simulation
+from fedsim.sweep.config import SweepConfig
+
 # Generous, for machines that do other work: a sweep starts half a dozen processes that each import PyTorch.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -107,34 +111,28 @@ def wait_for(condition: Any, seconds: float = 500) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    long = json.loads(json.dumps(TINY))
-    long["experiment"]["federation"]["rounds"] = 30
-    for folder in (whole, broken):
-        folder.mkdir()
-    undisturbed = start(whole, long)
-    assert undisturbed.wait(timeout=600) == 0
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, runtime: Runtime) -> None:
+    federation = {**TINY["experiment"]["federation"], "rounds": 30}
+    sweep = {**TINY, "experiment": {**TINY["experiment"], "federation": federation}}
+    config = SweepConfig.model_validate(sweep)
+    undisturbed = {}
+    for experiment in (config.experiment_at(point, 0) for point in config.points()):
+        undisturbed[experiment.name] = Simulation(experiment, runtime=runtime).run().summary["model_sha256"]
+    assert len(undisturbed) == 3
 
-    victim = start(broken, long)
-    outcomes, trials = broken / "out/tiny/outcomes", broken / "out/tiny/trials"
+    victim = start(tmp_path, sweep)
+    outcomes, trials = tmp_path / "out/tiny/outcomes", tmp_path / "out/tiny/trials"
     wait_for(lambda: len(list(outcomes.glob("*.json"))) == 1 and len(list(trials.glob("*/checkpoints/*"))) > 2)
-    children = psutil.Process(victim.pid).children(recursive=True)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
-    resumed = start(broken, long, "--resume")
+    resumed = start(tmp_path, sweep, "--resume")
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     assert "2/2 " in output, "the finished trial is not run again"
-    _, left = psutil.wait_procs(children, timeout=300)
-    assert not left, "Ray's processes end with their driver"
 
-    def hashes(folder: Path) -> dict[str, str]:
-        results = (folder / "out/tiny/trials").glob("*/result.json")
-        return {path.parent.name: json.loads(path.read_text())["model_sha256"] for path in results}
-
-    assert hashes(broken) == hashes(whole) and len(hashes(whole)) == 3
-    runs = mlflow_runs(broken)
+    results = {path.parent.name: json.loads(path.read_text()) for path in trials.glob("*/result.json")}
+    assert {name: result["model_sha256"] for name, result in results.items()} == undisturbed
+    runs = mlflow_runs(tmp_path)
     assert (runs["tag.fedsim.kind"] == "trial").sum() == 3 and (runs["status"] == "FINISHED").all()
 
 
