@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["mnist", "cifar10"])
-    parser.add_argument("--noise", type=float, nargs="+", default=[0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--noise", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
     parser.add_argument("--victims", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
