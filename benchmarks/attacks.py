@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.distances import SquaredError
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIA, GIAConfig
-from fedsim.attacks.gradient_matching import Autodiff, GradientMatching
+from fedsim.attacks.gradient_matching import GradientMatching
 from fedsim.data.datasets import CIFAR10Config, load_dataset
 from fedsim.learning.models import ConvNet64Config, LeNet4Config, LeNetConfig, build_model
 from fedsim.privacy.metrics import score

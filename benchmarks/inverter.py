@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from fedsim.attacks.gradient_matching import Autodiff
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.inverter import InverterConfig
 from fedsim.attacks.learning import LearningContext
 from fedsim.data.datasets import MNISTConfig, load_dataset

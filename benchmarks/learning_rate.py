@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.base import AttackSettings
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
-from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.data.datasets import CIFAR10Config, Dataset, MNISTConfig, load_dataset
 from fedsim.learning.models import LeNetConfig, build_model
 from fedsim.privacy.metrics import score

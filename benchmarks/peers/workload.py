@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import cache
 
 import numpy as np
 import torch
@@ -57,6 +58,12 @@ class Clients:
         """Return the images and labels of one client."""
         mine = slice(client * IMAGES, (client + 1) * IMAGES)
         return self.images[mine], self.labels[mine]
+
+
+@cache
+def clients() -> Clients:
+    """Return the images of all clients, made once in each process."""
+    return Clients()
 
 
 def arguments() -> argparse.Namespace:

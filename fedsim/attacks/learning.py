@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.chain import chain_of
-from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.defenses.base import ClientBatch, ClientContext
 from fedsim.learning.batches import ImageStore
 from fedsim.learning.models import Model

@@ -13,10 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.base import Attack, AttackSettings
 from fedsim.attacks.distances import AbsoluteError, SliceError
 from fedsim.attacks.estimates import mean_of_rounds, noise_std, noisy_slices
-from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.attacks.labels import one_hot
 from fedsim.attacks.transformations import TRANSFORMATIONS
 from fedsim.defenses.base import Defense, DefenseSettings

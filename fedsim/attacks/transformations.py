@@ -19,8 +19,8 @@ from fedsim.attacks.estimates import clipping_norm, mean_of_rounds
 from fedsim.privacy.observation import Observation
 
 if TYPE_CHECKING:
+    from fedsim.attacks.autodiff import Autodiff
     from fedsim.attacks.chain import Chain, Pullback
-    from fedsim.attacks.gradient_matching import Autodiff
 
 
 class Transformation(Protocol):

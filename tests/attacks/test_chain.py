@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.chain import chain_of
-from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.learning.models import LeNet4Config, Model, build_model
 from tests.attacks.problems import Perceptron, double, lenet, rand
 

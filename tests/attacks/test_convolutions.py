@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.convolutions import Convolution, FastConvolutions, Geometry
-from fedsim.attacks.gradient_matching import Autodiff
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import LocalTraining
 from tests.attacks.problems import double, rand

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.attacks.autodiff import Autodiff
 from fedsim.attacks.distances import CosineDistance, SquaredError, Targets
 from fedsim.attacks.dlg import DLGConfig
 from fedsim.attacks.gia import GIAConfig
-from fedsim.attacks.gradient_matching import Autodiff, GradientMatching
+from fedsim.attacks.gradient_matching import GradientMatching
 from fedsim.attacks.inverter import InverterConfig
 from fedsim.attacks.strategies import STRATEGIES, apply, armed, strategies_of
 from fedsim.config import parse_config
