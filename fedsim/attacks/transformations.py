@@ -3,7 +3,7 @@
 Noise has no part in it: its expectation is zero. Clipping and pruning are functions of the gradient alone, which
 an attacker can repeat, and differentiate.
 
-Source: Li, Zhang, Liu and Wang, "Auditing Privacy Defenses in Federated Learning via Generative Gradient Leakage"
+Source: Li, Zhang, Liu and Liu, "Auditing Privacy Defenses in Federated Learning via Generative Gradient Leakage"
 (GGL), CVPR 2022 (gradient transformation).
 """
 
