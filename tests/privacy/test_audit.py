@@ -77,6 +77,7 @@ def test_an_observation_has_no_room_for_ground_truth() -> None:
         "trust",  # made by the attacker
         "knowledge",  # None for the naive adversary
         "local",  # steps and learning rate, which the server itself prescribes
+        "transformation",  # made by the attacker, from the defense it knows and what was sent
     }
     # The scheme and what it publishes are known to the adaptive adversary; draws are for the oracle alone, which
     # tests/engine/test_chunks.py sees to; repeats were sent as the gradients were; parameters says whether the
