@@ -117,7 +117,7 @@ def digits() -> Dataset:
 def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
     sandbox: Sandbox, runtime: Runtime, digits: Dataset
 ) -> None:
-    """Killed while the workers start, and once more with rounds behind it."""
+    """Killed while the workers start, after the first checkpoint, and once more further on."""
     whole = Simulation(experiment(), dataset=digits, runtime=runtime).run()
     folder = sandbox.path / "out/small"
     (sandbox.path / "tmp").mkdir()
@@ -126,7 +126,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
         return max((int(path.stem[6:]) for path in folder.glob("checkpoints/round-*")), default=0)
 
     seen: list[int] = []
-    for moment in (lambda: (folder / "config.yaml").exists(), lambda: rounds() >= 60):
+    for moment in (lambda: (folder / "config.yaml").exists(), lambda: rounds() >= 3, lambda: rounds() >= 60):
         process = sandbox.start(*arguments(experiment()), resume=bool(seen))
         wait_for(lambda: moment() or process.poll() is not None)  # noqa: B023
         process.kill()
@@ -135,7 +135,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
     last = sandbox.start(*arguments(experiment()), resume=True)
     output, _ = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, output
-    assert f"{seen[-1]} of them done before" in output and seen[0] < 3 and seen[1] >= 60
+    assert f"{seen[-1]} of them done before" in output and seen[0] < 3 <= seen[1] < 60 <= seen[2]
     assert json.loads((folder / "result.json").read_text())["model_sha256"] == whole.summary["model_sha256"]
     # No resume waits for what a killed driver leaves: Ray gives a worker that was starting half a minute.
     wait_for(lambda: not sandbox.processes())
@@ -153,6 +153,13 @@ def test_a_private_runtime_leaves_no_process_and_no_file(sandbox: Sandbox) -> No
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert 0 <= float(output.split()[-1]) <= 1
+    sandbox.expect_nothing_left()
+
+
+def test_nothing_is_left_after_success(sandbox: Sandbox) -> None:
+    process = sandbox.start(*arguments(experiment(rounds=2)))
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
     sandbox.expect_nothing_left()
 
 

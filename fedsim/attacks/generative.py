@@ -1,6 +1,5 @@
 """A generative prior: search the latents of a generator, trained on public images, for what was sent."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from fedsim.attacks.gradient_matching import GradientMatching, kept_parameters, 
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.learning import LearningContext
 from fedsim.attacks.refinement import entries, refined
+from fedsim.attacks.schedules import warm_cosine
 from fedsim.data.public import PublicSource
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
@@ -212,7 +212,7 @@ class Generative(Attack):
             search.note(match.loss * (settings.prior * square / size).exp(), match.scale)
             weight = (size / 2 / match.loss.clamp_min(torch.finfo(size.dtype).tiny)).view(-1, 1, 1)
             slope = (weight * slope).nan_to_num_().add_(search.points, alpha=settings.prior)
-            search.move(slope, self._rate(step))
+            search.move(slope, warm_cosine(settings.learning_rate, step, settings.iterations, WARM_UP))
         with torch.no_grad():
             drawn = generator(search.best[search.chosen()], every)
         return search.reconstruction(labels, 0.0, drawn)
@@ -224,11 +224,6 @@ class Generative(Attack):
         start = torch.stack(draws).view(-1, search.restarts, *shape)
         start[:, 0] = 0
         return start.flatten(0, 1).to(observation.weights)
-
-    def _rate(self, step: int) -> float:
-        settings = self.settings
-        cosine = (1 + math.cos(math.pi * step / settings.iterations)) / 2
-        return settings.learning_rate * min(1, (step + 1) / WARM_UP) * cosine
 
     def _pixels(self) -> GIA:
         """Return the attack that goes on from the generator's images."""

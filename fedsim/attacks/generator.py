@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.attacks.schedules import warm_cosine
+
 WEIGHT_DECAY = 1e-2
 """Of AdamW."""
 WARM_UP = 50
@@ -152,8 +154,7 @@ def train(
     warm, between = max(1, min(WARM_UP, steps // 10)), max(1, steps // LOOKS)
     best, least = copy.deepcopy(both.state_dict()), math.inf
     for step in range(steps):
-        rate = learning_rate * min(1, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = warm_cosine(learning_rate, step, steps, warm)
         rows = torch.randint(len(examples.images), (batch,), generator=stream, device=stream.device)
         optimizer.zero_grad()
         negative_bound(generator, encoder, examples.select(rows), stream).backward()

@@ -1,6 +1,5 @@
 """GradInversion: gradients and batch-norm statistics at once, by several searches that keep each other in line."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -16,6 +15,7 @@ from fedsim.attacks.distances import Distance, SquaredError, Targets
 from fedsim.attacks.gradient_matching import GradientMatching, rates_by_scale
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.priors import total_variation
+from fedsim.attacks.schedules import warm_cosine
 from fedsim.errors import ConfigError
 from fedsim.learning import batch_norm
 from fedsim.learning.models import Model
@@ -113,14 +113,10 @@ class GradInversion(Attack):
             search.note(loss, scale)
             _, pull = group_distance(search.images, settings.restarts)
             gradient.add_(pull.mul_((settings.group * unit).view(-1, 1, 1, 1, 1)))
-            rate = self._rate(step)
+            rate = warm_cosine(settings.learning_rate, step, settings.iterations, WARM_UP)
             search.move(gradient.nan_to_num_(), rate)
             search.shake(settings.noise * rate)
         return search
-
-    def _rate(self, step: int) -> float:
-        cosine = (1 + math.cos(math.pi * step / self.settings.iterations)) / 2
-        return self.settings.learning_rate * min(1, (step + 1) / WARM_UP) * cosine
 
 
 def group_distance(images: Tensor, restarts: int) -> tuple[Tensor, Tensor]:

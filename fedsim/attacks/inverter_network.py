@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.attacks.gradient_features import GradientFeatures
+from fedsim.attacks.schedules import warm_cosine
 
 WEIGHT_DECAY = 1e-2
 """Of AdamW."""
@@ -150,8 +151,7 @@ def train(
     best, least, mark, since, step = copy.deepcopy(network.state_dict()), math.inf, math.inf, 0, 0
     device = generator.device
     while step < steps and since < PATIENCE:
-        rate = learning_rate * min(1, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = warm_cosine(learning_rate, step, steps, warm)
         rows = torch.randint(len(examples), (batch,), generator=generator, device=device)
         error, confusion = examples.errors(network, rows)
         optimizer.zero_grad()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from fedsim.errors import ConfigError
+from fedsim.sweep import run
 from fedsim.sweep.config import SweepConfig
 from fedsim.sweep.outcomes import OutcomeFolder
 from fedsim.sweep.run import Sweep
@@ -50,3 +52,19 @@ def test_a_point_whose_data_cannot_be_split_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match="clients"):
         sweep(tmp_path, space=space)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_that_is_over_starts_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = sweep(tmp_path, tracking={"uri": "off"})
+    over._claim()
+    for planned in over.plan:
+        over.outcomes.save(replace(planned, status="finished", metrics={"ACC": 0.5}))
+
+    def start(*arguments: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(run, "Cluster", start)
+    assert [outcome.status for outcome in over.run(resume=True)] == ["finished"] * 2
+    (over.outcomes.path / f"{over.plan[0].name}.json").unlink()
+    with pytest.raises(AssertionError, match="Ray was started"):
+        over.run(resume=True)

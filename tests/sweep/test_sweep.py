@@ -123,12 +123,15 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, runtime: Runtime) -
     victim = start(tmp_path, sweep)
     outcomes, trials = tmp_path / "out/tiny/outcomes", tmp_path / "out/tiny/trials"
     wait_for(lambda: len(list(outcomes.glob("*.json"))) == 1 and len(list(trials.glob("*/checkpoints/*"))) > 2)
+    children = psutil.Process(victim.pid).children(recursive=True)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     resumed = start(tmp_path, sweep, "--resume")
     output, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, output
     assert "2/2 " in output, "the finished trial is not run again"
+    _, left = psutil.wait_procs(children, timeout=300)
+    assert not left, "Ray's processes end with their driver"
 
     results = {path.parent.name: json.loads(path.read_text()) for path in trials.glob("*/result.json")}
     assert {name: result["model_sha256"] for name, result in results.items()} == undisturbed
