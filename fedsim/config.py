@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -96,8 +96,8 @@ class AuditConfig(Schema):
     parameters: Parameters = "public"
     """Whether an adversary who is not naive knows how many slices are noisy and how strong noise is (`public`), or
     estimates both from what it sees; what a defense publishes for the round is known in any case."""
-    victims_per_shard: int = Field(default=4, ge=1)
-    """Victims attacked as one batched computation; shards run on the workers side by side."""
+    victims_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Victims attacked as one computation; auto: 4, on a GPU 128. Shards run on the workers side by side."""
 
 
 WITHOUT_EFFECT = ("workers", "gpus_per_worker")
@@ -111,7 +111,8 @@ class RuntimeConfig(Schema):
     """Worker processes; auto: one a CPU, or `1 / gpus_per_worker` a GPU."""
     clients_per_chunk: Literal["auto"] | int = "auto"
     """Most clients that are one unit of work; auto: a 32nd of the cohort, an eighth where they are trained as one
-    computation, at most 16. There are as many units as a power of two, so that workers get even shares."""
+    computation, at most 16, on a GPU 128. There are as many units as a power of two, so that workers get even
+    shares."""
     execution: Literal["auto", "loop", "vectorized", "fused"] = "auto"
     """How the clients of a chunk are trained; auto: by device, model and batch, see `learning/execution.py`."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
@@ -227,7 +228,14 @@ class ExperimentConfig(Schema):
         if isinstance(wanted, int):
             return min(cohort, wanted)
         chunks = min(cohort, 32 if self.execution(device) == "loop" else 8)
-        return min(16, -(-cohort // power_of_two(chunks)))
+        return min(128 if device.type == "cuda" else 16, -(-cohort // power_of_two(chunks)))
+
+    def shard_width(self, device: torch.device) -> int:
+        """Return the victims that are attacked as one computation on `device`."""
+        wanted = self.audit.victims_per_shard
+        if isinstance(wanted, int):
+            return wanted
+        return 128 if device.type == "cuda" else 4
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved experiment as plain data, as YAML and JSON hold it."""

@@ -49,7 +49,7 @@ class ProblemAdam:
             kept = self.rates if self.best_rates is None else self.best_rates
             self.best_rates, self.rates = torch.where(better, self.rates, kept), (self.rates * scale).sqrt()
         self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best[better] = self.points[better]
+        self.best = torch.where(better.view(-1, *[1] * (self.points.ndim - 1)), self.points, self.best)
         if self.done == 0:
             self.first_loss = loss
         if self.done == self.iterations * 9 // 10:

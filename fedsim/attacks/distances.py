@@ -141,7 +141,8 @@ class SliceError:
         if targets.spans is not None:
             bounds = tuple(sum(len(range(bound)[span]) for span in targets.spans) for bound in bounds)
         sizes = torch.tensor(bounds, device=targets.vectors.device).diff()
-        self.sizes, self.targets = sizes, targets.vectors
+        self.sizes, self.targets = sizes.tolist(), targets.vectors
+        self.slices = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         self.shares = sizes.to(targets.vectors) / sizes.sum()
         self.squares = self._sums(targets.vectors.square())
 
@@ -150,10 +151,10 @@ class SliceError:
         return self._by_slice(values).clamp_min(torch.finfo(values.dtype).tiny)
 
     def _by_slice(self, values: Tensor) -> Tensor:
-        return torch.stack([part.sum(1) for part in values.split(self.sizes.tolist(), 1)], 1)
+        return torch.stack([part.sum(1) for part in values.split(self.sizes, 1)], 1)
 
     def _spread(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(self.sizes, 1)
+        return values.index_select(1, self.slices)
 
     def __call__(self, gradients: Tensor, victims: Tensor) -> tuple[Tensor, Tensor]:
         """See `Distance`."""

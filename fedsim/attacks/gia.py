@@ -16,6 +16,7 @@ from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.priors import total_variation
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import Observation, Reconstruction
+from fedsim.replay import Replayed
 
 DECAY_AT = (3 / 8, 5 / 8, 7 / 8)
 """Shares of the iterations after which the step becomes ten times smaller."""
@@ -103,11 +104,12 @@ class GIA(Attack):
         settings = self.settings
         search = BoxAdam(observation, settings.restarts, settings.iterations, start)
         matching = GradientMatching(observation, self.distance, settings.ignore)
+        variation_of = Replayed(total_variation)
         probabilities = one_hot(labels, observation.model.classes, observation.weights)[search.victims]
         search.rates = rates_by_scale(matching, search.images, probabilities, search.victims)
         for step in range(settings.iterations):
             match = matching(search.images, probabilities, search.victims, search.rates)
-            variation, gradient = total_variation(search.images)
+            variation, gradient = variation_of(search.images)
             search.note(_objective(match.loss, variation, settings), match.scale)
             weight = settings.tv * (match.loss if settings.relative_tv else torch.ones_like(variation))
             gradient.mul_(weight.view(-1, 1, 1, 1, 1)).add_(match.by_images)

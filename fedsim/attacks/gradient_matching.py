@@ -19,6 +19,7 @@ from fedsim.attacks.transformations import through
 from fedsim.errors import ConfigError
 from fedsim.learning.layout import ParameterLayout
 from fedsim.privacy.observation import Observation
+from fedsim.replay import Replayed
 
 PIECE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Problems are evaluated in pieces whose per-image parameter gradients would take at most this many bytes."""
@@ -88,6 +89,7 @@ class GradientMatching:
         singly = self.piece == 1 and not (self.transformation and self.transformation.by_sample)
         self.engine = chain or Autodiff(observation.model, weights, observation.local, singly=singly)
         self.dimension, self.rate = len(weights), observation.local.learning_rate
+        self._piece = Replayed(self._evaluate)
 
     def __call__(
         self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor | None = None
@@ -103,11 +105,17 @@ class GradientMatching:
                 does not know that, by the gradients times these.
         """
         rates = torch.ones_like(images[:, 0, 0, 0, 0]) if rates is None else rates
-        inputs = zip(*(torch.split(t, self.piece) for t in (images, probabilities, victims, rates)), strict=True)
-        parts = [self._piece(*part) for part in inputs]
-        return Match(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        piece = self.piece
+        inputs: tuple[Tensor, ...] = (images, probabilities, victims, rates)
+        if images.is_cuda:
+            piece = even_piece(len(images), self.piece)
+            inputs = tuple(padded(tensor, piece) for tensor in inputs)
+        parts = [self._piece(*part) for part in zip(*(torch.split(t, piece) for t in inputs), strict=True)]
+        return Match(*(torch.cat(values)[: len(images)] for values in zip(*parts, strict=True)))
 
-    def _piece(self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(
+        self, images: Tensor, probabilities: Tensor, victims: Tensor, rates: Tensor
+    ) -> tuple[Tensor, ...]:
         unknown = rates if self.rate is None else None
         gradients, pullback = self._gradients(images, probabilities, unknown, victims)
         selected = self._select(gradients)
@@ -149,6 +157,21 @@ class GradientMatching:
             spread[:, span] = selected[:, start:end]
             start = end
         return spread
+
+
+def even_piece(problems: int, most: int) -> int:
+    """Return the size of even pieces of at most `most` problems: a power of two, where it can be.
+
+    Problems end one by one, and a GPU can repeat a few sizes as graphs, but not all.
+    """
+    pieces = -(-problems // most)
+    return min(most, 1 << (-(-problems // pieces) - 1).bit_length())
+
+
+def padded(rows: Tensor, piece: int) -> Tensor:
+    """Repeat the first of rows [m, ...] until their number is a multiple of `piece`."""
+    missing = -len(rows) % piece
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def loss_at(

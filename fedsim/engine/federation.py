@@ -170,7 +170,7 @@ class Federation:
         return None if any(part is None for part in parts) else torch.cat(parts)
 
     def _shards(self, job: AttackJob) -> list[slice]:
-        width = self.spec.config.audit.victims_per_shard
+        width = self.spec.config.shard_width(self.runtime.device)
         return [slice(at, at + width) for at in range(0, len(job.seeds), width)]
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ def start_process(sys_path: Sequence[str], deterministic: bool = False) -> None:
     """
     sys.path += [path for path in sys_path if path not in sys.path]
     torch.set_num_threads(1)
+    # With ten bits of mantissa a victim's gradient is off by more than an attack's last digits need.
+    torch.backends.cudnn.allow_tf32 = False
     # PyTorch's own forward-mode rules still go through torch.jit, which says so to every process's user.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     if deterministic:

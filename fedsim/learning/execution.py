@@ -4,6 +4,7 @@ The rule looks at these alone, never at a timing, so that the same run always ta
 `benchmarks/local_step.py` measured what it knows.
 """
 
+import sys
 from typing import Literal
 
 import torch
@@ -77,20 +78,26 @@ def build_trainer(
 
 
 class HalvingTrainer:
-    """Trains a chunk in two halves, and these likewise, when the memory of the device runs out."""
+    """Trains a chunk in two halves, and these likewise, when the memory of the device runs out.
+
+    How many clients fitted is remembered, so that memory runs out once and not with each chunk.
+    """
 
     def __init__(self, trainer: LocalTrainer) -> None:
         """Train by `trainer`."""
         self.trainer = trainer
+        self._room = sys.maxsize
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`; a single client that does not fit raises torch.OutOfMemoryError."""
-        try:
-            return self.trainer.train(weights, schedules)
-        except torch.OutOfMemoryError:
-            if len(schedules) == 1:
-                raise
-        # Outside the except block, where the failed attempt's tensors are no longer held by its traceback.
-        torch.cuda.empty_cache()
+        if len(schedules) <= self._room:
+            try:
+                return self.trainer.train(weights, schedules)
+            except torch.OutOfMemoryError:
+                if len(schedules) == 1:
+                    raise
+            # Outside the except block, where the failed attempt's tensors are no longer held by its traceback.
+            torch.cuda.empty_cache()
+            self._room = len(schedules) - 1
         middle = len(schedules) // 2
         return LocalResult.join([self.train(weights, half) for half in (schedules[:middle], schedules[middle:])])

@@ -21,6 +21,7 @@ from fedsim.learning import batch_norm
 from fedsim.learning.batches import ImageStore, Indices
 from fedsim.learning.layout import ParameterLayout
 from fedsim.learning.models import Model
+from fedsim.replay import Replayed
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 Precision = Literal["float32", "bfloat16"]
@@ -158,8 +159,12 @@ class VectorizedTrainer:
             value = F.cross_entropy(logits, labels)
             return value, (value.detach(), statistics.detach())
 
-        self._step = vmap(grad(loss, has_aux=True), in_dims=(0, 0, 0))
-        self._first_step = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0))
+        def step(weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            gradients, (losses, statistics) = grad(loss, has_aux=True)(weights, images, labels)
+            return gradients, losses, statistics
+
+        self._step = Replayed(vmap(step, in_dims=(0, 0, 0)))
+        self._first_step = Replayed(vmap(step, in_dims=(None, 0, 0)))
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`."""
@@ -169,10 +174,10 @@ class VectorizedTrainer:
 
     def _train_equal(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         steps = [self.data.take(np.stack(batches)) for batches in zip(*schedules, strict=True)]
-        updates, (total, statistics) = self._first_step(weights, *steps[0])
+        updates, total, statistics = self._first_step(weights, *steps[0])
         for images, labels in steps[1:]:
             current = weights - self.learning_rate * updates
-            gradients, (loss, statistics) = self._step(current, images, labels)
+            gradients, loss, statistics = self._step(current, images, labels)
             updates = updates + gradients
             total = total + loss
         return LocalResult(updates, total / len(steps), statistics)

@@ -3,11 +3,13 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import fedsim.attacks.gradient_matching as module
 from fedsim.attacks.distances import BalancedError, CosineDistance, SquaredError
-from fedsim.attacks.gradient_matching import GradientMatching, kept_parameters
+from fedsim.attacks.gradient_matching import GradientMatching, even_piece, kept_parameters, padded
 from fedsim.errors import ConfigError
 from fedsim.learning.models import Model
 from fedsim.privacy.observation import ONE_STEP, LocalTraining
@@ -148,3 +150,14 @@ def test_several_local_steps_are_simulated():
     ends = [matching(dummy + sign * tiny * direction, truth, everyone).loss for sign in (1, -1)]
     slope = (matching(dummy, truth, everyone).by_images * direction).sum()
     torch.testing.assert_close(slope, ((ends[0] - ends[1]) / (2 * tiny))[0], rtol=1e-5, atol=1e-10)
+
+
+@given(problems=st.integers(1, 500), most=st.integers(1, 300))
+def test_even_pieces_are_few_and_of_few_sizes(problems, most):
+    """What a GPU evaluates: no more pieces than needed, less than twice the work, a power of two if that fits."""
+    piece = even_piece(problems, most)
+    rows = padded(torch.arange(problems), piece)
+    assert piece <= most and len(rows) % piece == 0 and len(rows) // piece <= -(-problems // most)
+    assert len(rows) < 2 * problems + len(rows) // piece
+    assert piece == most or piece & (piece - 1) == 0
+    assert torch.equal(rows[:problems], torch.arange(problems)) and not rows[problems:].any()
