@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return f"fedsim {version('fedsim')}"
+    try:
+        return f"fedsim {version('fedsim')}"
+    except PackageNotFoundError:
+        return "fedsim, not installed"
