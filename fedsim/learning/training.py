@@ -117,13 +117,13 @@ class LoopTrainer:
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`."""
-        start = weights[self.order]
+        start = weights.index_select(0, self.order)
         updates = weights.new_empty(len(schedules), len(weights))
         losses, statistics = [], []
         for row, batches in zip(updates, schedules, strict=True):
             losses.append(self._train_client(start, batches, row))
             statistics.append(batch_norm.collect_statistics(self.normalizers, weights).detach())
-        return LocalResult(updates[:, self.places], torch.stack(losses), torch.stack(statistics))
+        return LocalResult(updates.index_select(1, self.places), torch.stack(losses), torch.stack(statistics))
 
     def _train_client(self, start: Tensor, batches: list[Indices], update: Tensor) -> Tensor:
         self.weights.copy_(start)
