@@ -15,7 +15,7 @@ def comparison(rows: list[tuple[str, str, str, float, float]]) -> Comparison:
     images = pd.DataFrame(
         {**PLACE, "defense": d, "attack": "gia", "adversary": a, "strategy": s, "PSNR": p, "SSIM": q}
         for d, a, s, p, q in rows
-    ).assign(stalled=False, exhausted=False)
+    ).assign(stalled=False, exhausted=False, learned="")
     images["stalled"] = images["PSNR"] == 7
     cells = images[["table", "dataset", "defense", "seed"]].drop_duplicates()
     floors = pd.DataFrame(

@@ -73,7 +73,7 @@ def test_what_the_naive_adversary_learns_is_shared_by_defenses_and_nothing_else(
 
     def key(at: np.ndarray = weights, job: AttackJob = job, round_: int = 0, **changes: Any) -> str:
         config = prepared(**changes).spec.config if changes else ready.spec.config
-        return lessons.naive_key(config, at, ready.public["test"], job, round_)
+        return lessons.shared_key(config, at, ready.public["test"], job, round_)
 
     assert key() == key(defense={"name": "gc"}) == key(job=replace(job, seeds=(7,)))
     others = {
