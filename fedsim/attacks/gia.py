@@ -42,8 +42,8 @@ class GIAConfig(AttackSettings):
     learning_rate: float = Field(default=0.1, gt=0)
     """First step size, in pixel units; a tenth after 3/8, 5/8 and 7/8 of the iterations each."""
     tv: float | tuple[float, ...] = 3.0
-    """Weight of the total variation; see `relative_tv`. Of several, e.g. `[0.03, 0.3, 3, 30, 300]`, the one that finds
-    public images best, by each strategy of each adversary, through the defense where that is known."""
+    """Weight of the total variation; see `relative_tv`. Of several, e.g. `[0.03, 0.3, 3, 30, 300]`, the one that
+    finds public images best, by each strategy of each adversary, through the defense where that is known."""
     public: PublicSource = "test"
     """Where these images come from: `test`, the test images of the clients' data set (an attacker with public
     images of the same distribution), or all images of another data set that no client holds."""
