@@ -37,6 +37,7 @@ class Row:
         images: Number of images.
         unsound: Images whose search failed by itself: they never count as protection.
         floor: PSNR of the best guess that knows nothing, dB.
+        learned: What the attack had learned before, a line a seed where they differ; "" if nothing.
     """
 
     table: str
@@ -51,6 +52,7 @@ class Row:
     images: int
     unsound: int
     floor: float
+    learned: str
 
 
 def summarise(comparison: Comparison) -> list[Row]:
@@ -106,6 +108,7 @@ def _row(place: tuple[str, str, str], adversary: str, told: bool, own: pd.DataFr
         images=len(own),
         unsound=int((own["stalled"] | own["exhausted"]).sum()),
         floor=floor,
+        learned="; ".join(filter(None, own["learned"].unique())),
     )
 
 
@@ -121,7 +124,7 @@ def csv(rows: Sequence[Row]) -> str:
                 for name in ("PSNR", "SSIM", "success")
                 for end, value in _ends(getattr(row, name)).items()
             },
-            **{name: getattr(row, name) for name in ("images", "unsound", "floor")},
+            **{name: getattr(row, name) for name in ("images", "unsound", "floor", "learned")},
         }
         for row in rows
     ]

@@ -13,7 +13,7 @@ NAIVE = "naive"
 KEY = ["table", "dataset", "defense", "seed"]
 IMAGE_COLUMNS = (
     "attack adversary strategy round victim client image label PSNR SSIM capped loss iterations stalled exhausted "
-    "seconds"
+    "seconds learned"
 ).split()
 
 
@@ -77,6 +77,7 @@ def _images(loaded: dict[CellKey, dict[str, Any]]) -> pd.DataFrame:
     images[["PSNR", "SSIM"]] = images[["PSNR", "SSIM"]].astype(float)
     flags = ["capped", "stalled", "exhausted"]
     images[flags] = images[flags].fillna(False).astype(bool)
+    images["learned"] = images["learned"].fillna("").astype(str)
     return images
 
 

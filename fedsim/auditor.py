@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from fedsim.attacks.strategies import REPEATED, strategies_of
+from fedsim.attacks.strategies import strategies_of
 from fedsim.data.datasets import mean_image
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.federation import Federation
+from fedsim.engine.lessons import Scope
 from fedsim.learning.batches import ImageStore
 from fedsim.preparation import Prepared
 from fedsim.privacy import audit
@@ -31,7 +32,7 @@ class Auditor:
         self.folder, self.reporter = folder, reporter
         self.audits: list[AuditResult] = []
         self.public = prepared.public
-        self._learned: dict[tuple[int, bool, int], Any] = {}
+        self._learned: dict[tuple[int, Scope], tuple[Any, str]] = {}
         known = self.config.audit.local_learning_rate == "known"
         self.rate = self.config.federation.learning_rate if known else None
 
@@ -91,16 +92,16 @@ class Auditor:
             adversary=adversary,
             strategy=strategy,
         )
-        learned, seconds = self._learn(job, round_)
+        learned, report, seconds = self._learn(job, round_)
         found, seen = self.federation.attack(payload, job, learned)
         found = replace(found, seconds=found.seconds + seconds)
-        at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels)
+        at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels, learned)
         result = AuditResult(
             attack=settings.title,
             adversary=adversary,
             strategy=strategy,
             round=round_,
-            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, strategy, round_),
+            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, strategy, round_, report),
             originals=audit.as_bytes(truth.images),
             reconstructions=audit.as_bytes(found.images),
         )
@@ -109,24 +110,24 @@ class Auditor:
             self.folder.save_audit(result)
         self.reporter.note(f"{self.config.name}: {result.describe()}")
 
-    def _learn(self, job: AttackJob, round_: int) -> tuple[Any, float]:
-        """Return a reference to what the attack has learned, and the seconds that it took; (None, 0) if nothing.
+    def _learn(self, job: AttackJob, round_: int) -> tuple[Any, str, float]:
+        """Return a reference to what the attack has learned, a line on it, and the seconds that it took.
 
-        What several adversaries or strategies share is learned once, and counts for the first of them.
+        What several adversaries or strategies share is learned once, and counts for the first of them; what
+        simulations share is told by the first of them. (None, "", 0) if it learns nothing.
         """
         settings = self.config.attacks[job.attack]
         if settings.public_source is None:
-            return None, 0.0
-        simulates = settings.simulates_defense and job.adversary != "naive"
-        rounds = self.config.audit.observations if simulates and job.strategy in REPEATED else 1
-        key = (job.attack, simulates, rounds)
-        if key in self._learned:
-            return self._learned[key], 0.0
-        images = self.public[settings.public_source]
-        self._learned[key], seconds, report = self.federation.learn(job, round_, images)
-        if report:
-            self.reporter.note(f"{self.config.name}: {settings.title}: {report}")
-        return self._learned[key], seconds
+            return None, "", 0.0
+        key, seconds = (job.attack, Scope.of(self.config, job)), 0.0
+        if key not in self._learned:
+            images = self.public[settings.public_source]
+            learned, seconds, report = self.federation.learn(job, round_, images)
+            self._learned[key] = learned, report
+            if report and seconds:
+                knew = " ".join(filter(None, (settings.title, key[1].strategy)))
+                self.reporter.note(f"{self.config.name}: {knew}: {report}")
+        return *self._learned[key], seconds
 
     def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:
         stem = audit_stem(attack, adversary, strategy, round_)

@@ -262,14 +262,14 @@ def attack_payload(checked: CheckedPayload) -> PayloadResult:
         learned = attack.learn(context)
         report, attack = attack.report(learned), attack.taught(learned)
     found = attack.reconstruct(seen).cpu()
-    return PayloadResult(found, pd.DataFrame(_rows(checked, found)), report)
+    return PayloadResult(found, pd.DataFrame(_rows(checked, attack, found)), report)
 
 
-def _rows(checked: CheckedPayload, found: Reconstruction) -> list[dict[str, Any]]:
+def _rows(checked: CheckedPayload, attack: Attack, found: Reconstruction) -> list[dict[str, Any]]:
     truth, observation = checked.truth, checked.observation
     at_truth = None
     if truth is not None and int(truth.labels.min()) >= 0:
-        at_truth = checked.attack.matching_loss(observation, truth.images, truth.labels)
+        at_truth = attack.matching_loss(observation, truth.images, truth.labels)
     sound = audit.Soundness.of(found, at_truth)
     rate = {} if found.learning_rates is None else {"learning_rate": float(found.learning_rates[0])}
     common = rate | {

@@ -1,10 +1,15 @@
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import ray
 
 from fedsim.config import ExperimentConfig, RuntimeConfig, parse_config
+from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
+from fedsim.engine.worker import ClientWorker
 
 
 def small_experiment(**settings: Any) -> ExperimentConfig:
@@ -25,3 +30,16 @@ def runtime() -> Iterator[Runtime]:
     """One Ray runtime with two workers for all the tests that do not break it."""
     with Runtime(RuntimeConfig(workers=2)) as shared:
         yield shared
+
+
+@contextmanager
+def other_workers(runtime: Runtime, count: int) -> Iterator[WorkerPool]:
+    """Lend the runtime a pool of `count` fresh workers."""
+    actor = ray.remote(ClientWorker).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
+    own, runtime.pool = runtime.pool, WorkerPool([actor.remote(sys.path) for _ in range(count)])
+    try:
+        yield runtime.pool
+    finally:
+        for worker in runtime.pool.workers:
+            ray.kill(worker)
+        runtime.pool = own

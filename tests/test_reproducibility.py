@@ -4,10 +4,8 @@ import errno
 import os
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,13 @@ from fedsim.defenses.base import ClientContext, Defense
 from fedsim.defenses.graddefense import GradDefenseConfig
 from fedsim.engine import pool
 from fedsim.engine.checkpoints import CheckpointFolder
-from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
-from fedsim.engine.worker import ClientWorker
 from fedsim.errors import RunError
 from fedsim.learning.server_optimizers import ServerOptimizerConfig
 from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.simulation import Simulation
-from tests.conftest import small_experiment
+from tests.conftest import other_workers, small_experiment
 
 pytestmark = pytest.mark.ray
 
@@ -64,19 +60,6 @@ def reference(runtime: Runtime, digits: Dataset) -> dict[tuple[str, str], str]:
 
 def test_defenses_and_server_optimisers_change_the_weights(reference: dict[tuple[str, str], str]) -> None:
     assert len(set(reference.values())) == len(CASES)
-
-
-@contextmanager
-def other_workers(runtime: Runtime, count: int) -> Iterator[WorkerPool]:
-    """Lend the runtime a pool of `count` fresh workers."""
-    actor = ray.remote(ClientWorker).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
-    own, runtime.pool = runtime.pool, WorkerPool([actor.remote(sys.path) for _ in range(count)])
-    try:
-        yield runtime.pool
-    finally:
-        for worker in runtime.pool.workers:
-            ray.kill(worker)
-        runtime.pool = own
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -107,6 +107,15 @@ class AttackSettings(Schema):
         """Whether it learns through the defense that the adversary knows, and so needs its parameters."""
         return False
 
+    @property
+    def rehearses(self) -> bool:
+        """Whether it learns for each strategy by itself, by trying the strategy on public images."""
+        return False
+
+    def learns_through_defense(self, adversary: Adversary) -> bool:
+        """Return whether what it learns depends on the defense."""
+        return self.simulates_defense and adversary != "naive"
+
     def own_strategies(self, adversary: Adversary) -> tuple[str, ...] | None:
         """Return what an adversary who knows the defense does with this attack; None: what the defense names."""
         return None

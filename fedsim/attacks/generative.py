@@ -14,11 +14,11 @@ from fedsim.attacks.base import Attack, AttackSettings, LabelSource
 from fedsim.attacks.box_adam import ProblemAdam
 from fedsim.attacks.distances import CosineDistance, Distance, Targets
 from fedsim.attacks.generator import Examples, Generator, Trained, train
-from fedsim.attacks.gia import GIA, OBJECTIVES, GIAConfig
+from fedsim.attacks.gia import OBJECTIVES
 from fedsim.attacks.gradient_matching import GradientMatching, kept_parameters, loss_at, rates_by_scale
 from fedsim.attacks.labels import labels_from, last_linear, one_hot
 from fedsim.attacks.learning import LearningContext
-from fedsim.attacks.refinement import entries, refined
+from fedsim.attacks.refinement import WARM_UP, entries, refined
 from fedsim.attacks.schedules import warm_cosine
 from fedsim.data.public import PublicSource
 from fedsim.errors import ConfigError
@@ -29,8 +29,6 @@ HELD_OUT = 0.1
 """Share of the public images that training never sees, and that tell how far the generator reaches."""
 FEWEST = 20
 """Public images, at least."""
-WARM_UP = 10
-"""Steps of a search in which the step size rises to its full length."""
 SPLIT, TRAINING = range(2)
 """What the streams of a `LearningContext` are for."""
 
@@ -63,17 +61,15 @@ class GenerativeConfig(AttackSettings):
     learning_rate: float = Field(default=0.1, gt=0)
     """Largest step size of that search, in standard deviations of a latent; it falls to 0 along a cosine."""
     prior: float = Field(default=1.0, ge=0)
-    """Weight of the latents' prior: 1 is the most probable image if the gradient carries Gaussian noise of an
-    unknown strength, 0 trusts the gradient alone."""
+    """Weight of the prior, of latents and of pixels: 1 is the most probable image if the gradient carries Gaussian
+    noise of an unknown strength, 0 trusts the gradient alone."""
     refine: Literal["pixels", "none"] = "pixels"
-    """`pixels`: goes on from the generator's image as `gia` does, and keeps the outcome where the gradient is
-    matched so much better that so many more unknowns are justified; `none`: ends at the generator's image."""
+    """`pixels`: goes on from the generator's image, from which pixels may differ as far as those of held-out
+    public images do; `none`: ends at the generator's image."""
     refine_iterations: int = Field(default=300, ge=1)
     """Adam steps on the pixels."""
     refine_rate: float = Field(default=0.02, gt=0)
-    """Their first size, in pixel units; see `gia`."""
-    tv: float = Field(default=3.0, ge=0)
-    """Weight of the total variation beside the pixels' search; see `gia`."""
+    """Their largest size, in pixel units; it falls to 0 along a cosine."""
     objective: Literal["cosine", "layer_cosine", "l1"] = "cosine"
     """The distance between gradients; see `gia`."""
     labels: LabelSource = "known"
@@ -110,15 +106,15 @@ class Generative(Attack):
 
     With D entries to match, the search minimises D/2 · log(distance) + prior/2 · ‖z‖²: under a squared distance
     the most probable latents z ~ N(0, 1) where the strength of Gaussian noise is unknown. The generator is the
-    same for every adversary, and fixed from then on. From its image the pixels are searched as in `gia`; which of
-    both images is returned, an information criterion decides (`refined`). `loss` is the distance times
-    exp(prior · ‖z‖² / D), which has the same minima; at the truth ‖z‖² is taken for its mean.
+    same for every adversary, and fixed from then on. From its image the pixels are searched, held as near to it as
+    held-out public images are to theirs (`refined`). `loss` is the distance times exp(prior · (‖z‖² + r) / D), r
+    the penalty of the pixels, which has the same minima; at the truth ‖z‖² and r are taken for their means.
 
     Sources: Li, Zhang, Liu and Liu, "Auditing Privacy Defenses in Federated Learning via Generative Gradient
     Leakage", CVPR 2022 (latents; their defense's transform is here a strategy of the adversary); Jeon et al.,
     "Gradient Inversion with Generative Image Prior", NeurIPS 2021 (latents first, then beyond the generator; they
-    go on with its parameters). The weight of the prior, and pixels with a criterion in place of parameters, are
-    ours.
+    go on with its parameters). The weight of the prior, and pixels with a prior of their own in place of
+    parameters, are ours.
     """
 
     def __init__(
@@ -170,10 +166,12 @@ class Generative(Attack):
         )
 
     def matching_loss(self, observation: Observation, images: Tensor, labels: Tensor) -> Tensor:
-        """See `Attack`; the prior counts as for a typical image, ‖z‖² = B · latents."""
+        """See `Attack`; the prior counts as for a typical image, 1 for each latent and each pixel searched."""
         settings = self.settings
         distance = loss_at(observation, self.distance, settings.ignore, images, labels)
         typical = settings.latents * images.shape[1]
+        if settings.refine == "pixels":
+            typical += images[0].numel()
         return distance * (settings.prior * typical / entries(observation, settings.ignore)).exp()
 
     def reconstruct(self, observation: Observation) -> Reconstruction:
@@ -188,7 +186,7 @@ class Generative(Attack):
         labels = labels_from(self.settings.labels, observation, "generative")
         found = self.search(generator, observation, labels)
         if self.settings.refine == "pixels":
-            found = refined(found, observation, self._pixels(), self.settings.latents * observation.batch_size)
+            found = self._refined(found, observation, self.learned)
         return replace(found, seconds=time.perf_counter() - began)
 
     def search(self, generator: Generator, observation: Observation, labels: Tensor) -> Reconstruction:
@@ -225,8 +223,16 @@ class Generative(Attack):
         start[:, 0] = 0
         return start.flatten(0, 1).to(observation.weights)
 
-    def _pixels(self) -> GIA:
-        """Return the attack that goes on from the generator's images."""
+    def _refined(self, found: Reconstruction, observation: Observation, learned: Trained) -> Reconstruction:
+        """Return what the search of pixels makes of the generator's images."""
         settings = self.settings
-        budget = {"iterations": settings.refine_iterations, "learning_rate": settings.refine_rate}
-        return GIA(GIAConfig(**budget, tv=settings.tv, ignore=settings.ignore), self.distance)
+        return refined(
+            found,
+            observation,
+            self.distance,
+            learned.residuals,
+            settings.prior,
+            settings.ignore,
+            settings.refine_iterations,
+            settings.refine_rate,
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsim.attacks.residuals import Residuals
 from fedsim.attacks.schedules import warm_cosine
 
 WEIGHT_DECAY = 1e-2
@@ -92,6 +93,7 @@ class Trained:
         read: Mean PSNR, in dB, of held-out images that went through the encoder and the generator.
         images: Images learned from.
         held_out: Images held out.
+        residuals: What held-out images have that the generator's nearest lack.
     """
 
     generator: Generator
@@ -99,6 +101,7 @@ class Trained:
     read: float
     images: int
     held_out: int
+    residuals: Residuals
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,8 @@ def train(
                 best, least = copy.deepcopy(both.state_dict()), now
     both.load_state_dict(best)
     both.eval().requires_grad_(False)
-    read, ceiling = reach(generator, encoder, held_out.select(slice(PROJECTED)))
-    return Trained(generator, ceiling, read, len(examples.images), len(held_out.images))
+    read, ceiling, residuals = reach(generator, encoder, held_out.select(slice(PROJECTED)))
+    return Trained(generator, ceiling, read, len(examples.images), len(held_out.images), residuals)
 
 
 def negative_bound(
@@ -185,20 +188,25 @@ def negative_bound(
     return bound
 
 
-def reach(generator: Generator, encoder: Encoder, examples: Examples) -> tuple[float, float]:
-    """Return the mean PSNR, in dB, of images as the encoder reads them, and of the nearest that Adam finds."""
+def reach(generator: Generator, encoder: Encoder, examples: Examples) -> tuple[float, float, Residuals]:
+    """Return the mean PSNR, in dB, of images as the encoder reads them and of the nearest that Adam finds.
+
+    Third comes what the nearest lack.
+    """
     with torch.enable_grad():
         latents = encoder(examples.images, examples.probabilities)[0].detach().requires_grad_()
         optimizer = torch.optim.Adam([latents], lr=PROJECTION_RATE)
-        errors = []
+        errors, nearest = [], torch.zeros_like(examples.images)
         for step in range(PROJECTION_STEPS + 1):
             drawn = generator(latents, examples.probabilities)
             error = (drawn - examples.images).square().flatten(1).mean(1)
             errors.append(error.detach())
+            closest = error.detach() <= torch.stack(errors).amin(0)
+            nearest[closest] = drawn.detach()[closest]
             if step < PROJECTION_STEPS:
                 optimizer.zero_grad()
                 error.sum().backward()
                 optimizer.step()
     least = torch.stack(errors).amin(0)
-    read, nearest = (float(-10 * e.clamp_min(1e-12).log10().mean()) for e in (errors[0], least))
-    return read, nearest
+    read, ceiling = (float(-10 * e.clamp_min(1e-12).log10().mean()) for e in (errors[0], least))
+    return read, ceiling, Residuals.of(examples.images - nearest)

@@ -1,6 +1,6 @@
 """What an attack may learn from before it sees a victim: public images, and the gradients that they would give."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,9 @@ class LearningContext:
         batch_size: Number of images B behind each victim's gradient.
         seed: Seed of whatever is drawn.
         knowledge: The defense and what it published, without secrets and repeats; None for the naive adversary.
-        rounds: Rounds at these weights whose mean the attack will be shown.
+        rounds: Rounds at these weights in which the attack will see each victim.
         local: The local training behind each gradient.
+        strategy: What the adversary will make of what it sees; "" is the plain attack.
     """
 
     model: Model
@@ -42,6 +43,7 @@ class LearningContext:
     knowledge: Knowledge | None = None
     rounds: int = 1
     local: LocalTraining = ONE_STEP
+    strategy: str = ""
 
     @property
     def size(self) -> int:
@@ -91,18 +93,28 @@ class LearningContext:
         """
         if self.knowledge is None:
             return gradients
-        defense = self.knowledge.defense.build()
-        images, labels = self.take(batches.chunk(self.local.steps, 1)[0])
-        context = ClientContext(
-            model=self.model,
-            weights=self.weights,
-            batches=[ClientBatch(torch.arange(len(batches), device=gradients.device), images, labels)],
-            generators=[generator] * len(batches),
-            public=self.knowledge.public,
-            local_steps=self.local.steps,
-        )
+        clients = self.clients(batches, [generator] * len(batches))
         total = torch.zeros_like(gradients)
         for _ in range(self.rounds):
-            sent = defense.protect(gradients, context)
-            total += sent if isinstance(sent, Tensor) else torch.stack(list(sent))
+            total += self.protected(gradients, clients)
         return total.div_(self.rounds).detach()
+
+    def clients(self, batches: Tensor, generators: Sequence[torch.Generator]) -> ClientContext:
+        """Return what clients with batches [m, B] have when they protect their gradients, a generator each."""
+        images, labels = self.take(batches.chunk(self.local.steps, 1)[0])
+        rows = torch.arange(len(batches), device=self.weights.device)
+        return ClientContext(
+            model=self.model,
+            weights=self.weights,
+            batches=[ClientBatch(rows, images, labels)],
+            generators=generators,
+            public=self.knowledge.public if self.knowledge else {},
+            local_steps=self.local.steps,
+        )
+
+    def protected(self, gradients: Tensor, clients: ClientContext) -> Tensor:
+        """Return gradients [m, d] as the clients would send them: protected by the defense that is known, once."""
+        if self.knowledge is None:
+            return gradients
+        sent = self.knowledge.defense.build().protect(gradients, clients)
+        return (sent if isinstance(sent, Tensor) else torch.stack(list(sent))).detach()

@@ -151,7 +151,7 @@ def pruned(observation: Observation, knowledge: Knowledge, attack: Attack) -> Ob
 
 
 def simulated(observation: Observation, knowledge: Knowledge, attack: Attack) -> Observation:
-    """Leave what was seen as it is: the attack has learned from gradients that were protected alike."""
+    """Leave what was seen as it is: the attack has learned on gradients that were protected alike."""
     return observation
 
 
@@ -195,15 +195,21 @@ def strategies_of(
         defense: The scheme.
         adversary: What the attacker knows.
         repeats: Rounds at the same weights in which the attacker sees each victim.
-        attack: The attack, which may have strategies of its own: against any defense that protects at all.
+        attack: The attack, which may have strategies of its own, against any defense that protects at all; one
+            that learns through the defense can also be used as it is.
     """
     if adversary == "naive":
         return ("",)
     names = attack.own_strategies(adversary) if attack else None
-    if names is None:
-        names = defense.strategies() if adversary == "adaptive" else defense.oracle_strategies()
-    elif type(defense.build()).protect is Defense.protect:
-        names = ()
+    protects = type(defense.build()).protect is not Defense.protect
+    if names is not None:
+        names = names if protects else ()
+    elif adversary == "oracle":
+        names = defense.oracle_strategies()
+    elif attack and attack.simulates_defense and protects:
+        names = ("simulated", *defense.strategies())
+    else:
+        names = defense.strategies()
     return tuple(name for name in names if name not in REPEATED or repeats > 1)
 
 

@@ -198,11 +198,18 @@ def attack(
 
 
 def matching_loss(
-    session: Session, weights: Tensor, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor
+    session: Session,
+    weights: Tensor,
+    payload: Payload,
+    job: AttackJob,
+    images: Tensor,
+    labels: Tensor,
+    learned: Any = None,
 ) -> Tensor | None:
     """Return the attack's loss at the private images, shape [N]: for the audit, never for an attack."""
     observation = strategies.transformed(job.strategy, _observation(session, weights, payload, job))
-    attack = strategies.armed(job.strategy, observation, session.spec.config.attacks[job.attack].build())
+    attack = session.spec.config.attacks[job.attack].build().taught(learned)
+    attack = strategies.armed(job.strategy, observation, attack)
     loss = attack.matching_loss(observation, images.to(session.device), labels.to(session.device))
     return None if loss is None else loss.detach().cpu()
 

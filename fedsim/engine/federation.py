@@ -16,7 +16,7 @@ from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.dealing import Dealer, split_evenly
-from fedsim.engine.lessons import Lesson, naive_key
+from fedsim.engine.lessons import Lesson, Scope, shared_key
 from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
 from fedsim.engine.rounds import Round, RoundRecord
 from fedsim.engine.runtime import Runtime
@@ -127,21 +127,24 @@ class Federation:
     def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float, str]:
         """Let the attack of `job` learn from public images at the present weights, once for all its victims.
 
-        What the naive adversary learns is the same under every defense: it is kept for other simulations.
+        What is not learned through the defense is the same under any: it is kept for other simulations.
 
         Returns:
-            A reference to what it has learned, for `attack`, the seconds that it took, and a line on it, or "".
+            A reference to what it has learned, for `attack`; the seconds that it took now, 0 if it was kept; and a
+            line on it, or "".
         """
-        key = naive_key(self.spec.config, self.weights(), images, job, round_)
-        if job.adversary == "naive" and key in self.runtime.lessons:
-            return self.runtime.lessons[key], 0.0, ""
-        shared = self.runtime.put(images.fingerprint, images)
-        calls = [(self._handle, self._output.weights, self._output.public, shared, job, round_)]
+        shared = not Scope.of(self.spec.config, job).simulates
+        key = shared_key(self.spec.config, self.weights(), images, job, round_)
+        if shared and key in self.runtime.lessons:
+            reference, report = self.runtime.lessons[key]
+            return reference, 0.0, report
+        stored = self.runtime.put(images.fingerprint, images)
+        calls = [(self._handle, self._output.weights, self._output.public, stored, job, round_)]
         lesson: Lesson = self._gather("learn", calls, "an attack's learning")[0]
         # Owned by the driver, so that it outlives the worker that made it.
         reference = ray.put(lesson.learned)
-        if job.adversary == "naive":
-            self.runtime.lessons[key] = reference
+        if shared:
+            self.runtime.lessons[key] = reference, lesson.report
         return reference, lesson.seconds, lesson.report
 
     def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
@@ -160,10 +163,12 @@ class Federation:
         parts = self._gather("attack", calls, "an attack")
         return Reconstruction.join([found for found, _ in parts]), Payload.join([seen for _, seen in parts])
 
-    def matching_loss(self, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor) -> Tensor | None:
+    def matching_loss(
+        self, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor, learned: Any = None
+    ) -> Tensor | None:
         """Return the attack's loss at the private images [N, B, C, H, W], shape [N]; None if it has none."""
         calls = [
-            (self._handle, self._output.weights, payload.select(p), job.select(p), images[p], labels[p])
+            (self._handle, self._output.weights, payload.select(p), job.select(p), images[p], labels[p], learned)
             for p in self._shards(job)
         ]
         parts = self._gather("matching_loss", calls, "a matching loss")

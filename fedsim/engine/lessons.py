@@ -36,6 +36,31 @@ class Lesson:
     report: str = ""
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What of an adversary a lesson depends on: equal scopes, equal lessons, in one round of one simulation.
+
+    Attributes:
+        simulates: Whether it is learned through the defense; if not, it is the same under any defense.
+        rounds: Rounds in which the attack will see each victim.
+        strategy: What it rehearses; "" is the plain attack, or any that makes no difference.
+    """
+
+    simulates: bool
+    rounds: int
+    strategy: str
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, job: AttackJob) -> "Scope":
+        """Return the scope of what the attack of `job` learns."""
+        settings = config.attacks[job.attack]
+        if not settings.learns_through_defense(job.adversary):
+            return cls(False, 1, "")
+        if settings.rehearses:
+            return cls(True, config.audit.observations, job.strategy)
+        return cls(True, config.audit.observations if job.strategy in REPEATED else 1, "")
+
+
 def learn(
     session: Session, weights: Tensor, public: Public, images: PublicImages, job: AttackJob, round_: int
 ) -> Lesson:
@@ -43,7 +68,7 @@ def learn(
 
     It gets no payload, and of the job nothing that depends on a victim: the same for any victims and shards.
     """
-    start = time.perf_counter()
+    start, scope = time.perf_counter(), Scope.of(session.spec.config, job)
     attack = session.spec.config.attacks[job.attack].build()
     learned = attack.learn(
         LearningContext(
@@ -52,18 +77,19 @@ def learn(
             public=ImageStore.of(images.images, images.labels, session.device),
             batch_size=job.batch_size,
             seed=int(numpy_stream(session.spec.config.seed, Purpose.LEARNING, round_).integers(2**62)),
-            knowledge=_knowledge(session, weights, public) if job.adversary != "naive" else None,
-            rounds=session.spec.config.audit.observations if job.strategy in REPEATED else 1,
+            knowledge=_knowledge(session, weights, public) if scope.simulates else None,
+            rounds=scope.rounds,
             local=job.local,
+            strategy=scope.strategy,
         )
     )
     return Lesson(learned, time.perf_counter() - start, attack.report(learned))
 
 
-def naive_key(
+def shared_key(
     config: ExperimentConfig, weights: NDArray[np.float32], images: PublicImages, job: AttackJob, round_: int
 ) -> str:
-    """Return a digest of all that an attack by who knows of no defense learns from, the same for any defense."""
+    """Return a digest of all that a lesson depends on which is not learned through the defense."""
     parts = (config.seed, config.model, config.attacks[job.attack], job.batch_size, job.local, round_)
     digest = hashlib.sha256(repr((*parts, images.fingerprint)).encode())
     digest.update(weights.tobytes())

@@ -135,7 +135,7 @@ class Runtime:
             self.close()
             raise
         self._puts: dict[str, Any] = {}
-        self.lessons: dict[str, Any] = {}
+        self.lessons: dict[str, tuple[Any, str]] = {}
 
     def put(self, key: str, value: object) -> Any:
         """Put `value` into the object store once under `key`; return the reference."""

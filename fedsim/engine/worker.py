@@ -87,11 +87,18 @@ class ClientWorker:
         return chunks.attack(self._session(handle), self._tensor(weights), payload, job, learned)
 
     def matching_loss(
-        self, handle: Handle, weights: Array, payload: Payload, job: AttackJob, images: Tensor, labels: Tensor
+        self,
+        handle: Handle,
+        weights: Array,
+        payload: Payload,
+        job: AttackJob,
+        images: Tensor,
+        labels: Tensor,
+        learned: Any = None,
     ) -> Tensor | None:
         """See `chunks.matching_loss`."""
         session = self._session(handle)
-        return chunks.matching_loss(session, self._tensor(weights), payload, job, images, labels)
+        return chunks.matching_loss(session, self._tensor(weights), payload, job, images, labels, learned)
 
     def _session(self, handle: Handle) -> Session:
         key, references = handle

@@ -42,6 +42,7 @@ class AuditRow:
         stalled: The optimiser ended above the loss of the truth and gained no more: it failed by itself.
         exhausted: It ended above the loss of the truth, still gaining, when its budget ran out.
         seconds: Worker time an image.
+        learned: A line on what the attack had learned before; "" if nothing.
     """
 
     attack: str
@@ -61,6 +62,7 @@ class AuditRow:
     stalled: bool
     exhausted: bool
     seconds: float
+    learned: str = ""
 
 
 def choose_victims(config: ExperimentConfig, partition: Partition, round_: int) -> tuple[Victim, ...]:
@@ -140,6 +142,7 @@ def score(
     adversary: str,
     strategy: str,
     round_: int,
+    learned: str = "",
 ) -> list[AuditRow]:
     """Score what an attack returned: one row an image."""
     scores = metrics.score(truth.images, found.images)
@@ -164,6 +167,7 @@ def score(
             stalled=bool(sound.stalled[row.victim]),
             exhausted=bool(sound.exhausted[row.victim]),
             seconds=seconds,
+            learned=learned,
         )
         for row in scores
     ]

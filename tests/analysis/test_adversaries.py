@@ -15,7 +15,7 @@ def comparison(rows: list[tuple[str, str, str, float, float]]) -> Comparison:
     images = pd.DataFrame(
         {**PLACE, "defense": d, "attack": "gia", "adversary": a, "strategy": s, "PSNR": p, "SSIM": q}
         for d, a, s, p, q in rows
-    ).assign(stalled=False, exhausted=False)
+    ).assign(stalled=False, exhausted=False, learned="")
     images["stalled"] = images["PSNR"] == 7
     cells = images[["table", "dataset", "defense", "seed"]].drop_duplicates()
     floors = pd.DataFrame(
@@ -77,3 +77,11 @@ def test_the_table_names_floor_and_ceiling() -> None:
 @pytest.mark.parametrize("write", [adversaries.csv, adversaries.markdown])
 def test_naive_adversaries_alone_make_no_table(write) -> None:  # type: ignore[no-untyped-def]
     assert write(adversaries.summarise(comparison([r for r in ROWS if r[1] == "naive"]))) == ""
+
+
+def test_what_an_attack_had_learned_is_in_the_csv() -> None:
+    told = comparison(ROWS)
+    told.images.loc[told.images["strategy"] == "survivors", "learned"] = "tv 30 is best"
+    frame = pd.read_csv(io.StringIO(adversaries.csv(adversaries.every(told))), keep_default_na=False)
+    expected = ["tv 30 is best" if name == "survivors" else "" for name in frame["strategy"]]
+    assert frame["learned"].tolist() == expected

@@ -13,7 +13,8 @@ from fedsim.attacks.generative import Generative, GenerativeConfig
 from fedsim.attacks.generator import Trained
 from fedsim.attacks.gradient_matching import loss_at
 from fedsim.attacks.learning import LearningContext
-from fedsim.attacks.refinement import entries, justified
+from fedsim.attacks.refinement import entries
+from fedsim.attacks.residuals import Residuals
 from fedsim.errors import ConfigError
 from fedsim.learning.batches import ImageStore
 from fedsim.learning.models import Model
@@ -41,7 +42,8 @@ class Linear(nn.Module):
 
 
 def linear_attack(shape: tuple[int, int, int] = SHAPE, **settings: Any) -> Generative:
-    learned = Trained(Linear(shape), 0.0, 0.0, 0, 0)  # type: ignore[arg-type]
+    residuals = Residuals(torch.full(shape[1:], 0.01))
+    learned = Trained(Linear(shape), 0.0, 0.0, 0, 0, residuals)  # type: ignore[arg-type]
     return Generative(
         GenerativeConfig(**{"refine": "none", "latents": LATENTS, **settings}), SquaredError, learned
     )
@@ -108,11 +110,42 @@ def test_a_stronger_prior_stays_nearer_to_the_most_probable_image() -> None:
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-def test_more_unknowns_must_be_worth_it() -> None:
-    before, size = torch.ones(3), torch.tensor([1000.0, 1000.0, 100.0])
-    # 100 more unknowns ask for log(before / after) > 100 · log(D) / D: 0.69 of 1000 entries, 4.6 of 100.
-    after = torch.tensor([0.49, 0.51, 0.02])
-    assert justified(before, after, size, 100).tolist() == [True, False, False]
+def nearest_to(start: Tensor, sent: Tensor, label: int, variance: float) -> Tensor:
+    """Minimise D/2·log‖A x + c − sent‖² + ‖x − start‖²/(2·variance) by its fixed point."""
+    slope = torch.full((10, 1), 0.1, dtype=torch.float64)
+    slope[label] = -0.9
+    eye = torch.eye(64, dtype=torch.float64)
+    matrix = torch.cat([torch.kron(slope, eye), eye.new_zeros(10, 64)])
+    rest = sent.double() - torch.cat([slope.new_zeros(640), slope[:, 0]])
+    x = start.double()
+    for _ in range(200):
+        ratio = len(sent) / (rest - matrix @ x).square().sum()
+        x = torch.linalg.solve(
+            ratio * matrix.T @ matrix + eye / variance, ratio * matrix.T @ rest + start / variance
+        )
+    return x
+
+
+@pytest.mark.parametrize(("noise", "moves"), [(0.02, True), (0.2, True), (5.0, False)])
+def test_pixels_go_as_far_from_the_generator_as_the_gradient_and_the_residuals_say(
+    noise: float, moves: bool
+) -> None:
+    _, images, seen = known(count=2)
+    beyond = (images + 0.1 * torch.randn(images.shape, generator=generator(6))).clamp(0, 1)
+    assert seen.labels is not None
+    seen = observe(seen.model, beyond, seen.labels, know_labels=True)
+    draws = torch.randn(seen.gradients.shape, generator=generator(3))
+    seen = replace(seen, gradients=seen.gradients + noise * draws)
+    drawn = linear_attack().reconstruct(seen)
+    found = linear_attack(refine="pixels", refine_iterations=600).reconstruct(seen)
+    for victim, sent in enumerate(seen.gradients):
+        start = drawn.images[victim].flatten()
+        expected = nearest_to(start, sent, victim, 0.01).clamp(0, 1)
+        torch.testing.assert_close(found.images[victim].flatten().double(), expected, rtol=0, atol=5e-3)
+        assert (float((expected - start).abs().max()) > 0.05) == moves, "what noise hides stays as it was drawn"
+    nearer = [float((one.images - beyond).square().mean()) for one in (drawn, found)]
+    assert not moves or nearer[1] < nearer[0]
+    assert (found.iterations == drawn.iterations + 600).all()
 
 
 def test_entries_count_as_far_as_they_are_trusted() -> None:
@@ -127,17 +160,18 @@ def test_the_loss_at_the_truth_is_that_of_a_typical_image() -> None:
     _, images, seen = known()
     assert seen.labels is not None
     noisy = replace(seen, gradients=seen.gradients + 0.1)
-    attack = linear_attack()
     plain = loss_at(noisy, SquaredError, (), images, seen.labels)
-    expected = plain * torch.tensor(LATENTS / 650).exp()
-    torch.testing.assert_close(attack.matching_loss(noisy, images, seen.labels), expected)
+    for refine, unknowns in (("none", LATENTS), ("pixels", LATENTS + 64)):
+        expected = plain * torch.tensor(unknowns / 650).exp()
+        found = linear_attack(refine=refine).matching_loss(noisy, images, seen.labels)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("refine", ["none", "pixels"])
 def test_an_unknown_learning_rate_is_estimated(refine: str) -> None:
     _, images, seen = known()
     sent = replace(seen, gradients=0.25 * seen.gradients, local=LocalTraining(1, None))
-    found = linear_attack(prior=0, iterations=400, refine=refine, tv=0).reconstruct(sent)
+    found = linear_attack(prior=0, iterations=400, refine=refine).reconstruct(sent)
     assert found.learning_rates is not None
     torch.testing.assert_close(found.learning_rates, torch.full((3,), 0.25), rtol=0.05, atol=0)
     assert min(row.PSNR for row in score(images, found.images)) > 25

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.attacks import gia
 from fedsim.data.datasets import DigitsConfig, load_dataset
 from fedsim.engine import lessons
 from fedsim.engine.chunks import AttackJob
@@ -16,7 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.preparation import Prepared, prepare
 from fedsim.progress import Reporter
 from fedsim.simulation import Simulation
-from tests.conftest import small_experiment
+from tests.conftest import other_workers, small_experiment
 
 INVERTER = {"name": "inverter", "images": 60, "steps": 10, "draws": 2, "width": 16, "components": 20}
 AUDIT = {"victims": 5, "adversaries": ["naive", "adaptive", "oracle"], "observations": 2}
@@ -29,6 +30,7 @@ GENERATIVE = {
     "iterations": 5,
     "refine_iterations": 5,
 }
+TUNED = {"name": "gia", "iterations": 6, "tv": [3, 300], "tuning_victims": 3}
 DEFENSE = {"name": "graddefense", "sigma": 0.5}
 
 
@@ -67,13 +69,47 @@ def test_who_knows_the_defense_learns_through_it(
         assert torch.equal(context.knowledge.public["slice_bounds"], server.public["slice_bounds"])
 
 
-def test_what_the_naive_adversary_learns_is_shared_by_defenses_and_nothing_else() -> None:
+@pytest.mark.parametrize(
+    ("adversary", "strategy", "rounds"),
+    [("naive", "", 1), ("adaptive", "simulated", 2), ("adaptive", "slices", 2), ("oracle", "told_slices", 2)],
+)
+def test_who_rehearses_learns_by_the_strategy_and_of_no_victim(
+    adversary: Any, strategy: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepared(attacks=[TUNED])
+    server = ServerSession(ready.spec, ready.dataset)
+    server.prepare(0)
+    session = Session(ready.spec, ready.dataset, torch.device("cpu"))
+    seen: list[Any] = []
+    rehearse = gia.rehearse
+
+    def watched(context: Any, *others: Any) -> Any:
+        seen.append(context)
+        return rehearse(context, *others)
+
+    monkeypatch.setattr("fedsim.attacks.gia.rehearse", watched)
+    # No image of a client is at hand at all: any look at one raises.
+    monkeypatch.setattr("fedsim.engine.session.Session.train_data", property(lambda self: 1 / 0))
+    job = AttackJob(0, 1, np.array([[3], [4]]), (1, 2), adversary, strategy)
+    images = ready.public["test"]
+    weights, public = server.optimizer.weights, server.public
+    lesson, other = (
+        lessons.learn(session, weights, public, images, one, 0)
+        for one in (job, replace(job, labels=np.array([[7]]), seeds=(9,)))
+    )
+    assert lesson.learned == other.learned and lesson.report.startswith("tv ")
+    context = seen[0]
+    assert (context.rounds, context.strategy) == (rounds, strategy)
+    assert (context.knowledge is None) == (adversary == "naive")
+
+
+def test_what_is_not_learned_through_the_defense_is_shared_by_defenses_and_nothing_else() -> None:
     ready, job = prepared(), AttackJob(0, 1, None, (1, 2))
     weights = np.zeros(5, np.float32)
 
     def key(at: np.ndarray = weights, job: AttackJob = job, round_: int = 0, **changes: Any) -> str:
         config = prepared(**changes).spec.config if changes else ready.spec.config
-        return lessons.naive_key(config, at, ready.public["test"], job, round_)
+        return lessons.shared_key(config, at, ready.public["test"], job, round_)
 
     assert key() == key(defense={"name": "gc"}) == key(job=replace(job, seeds=(7,)))
     others = {
@@ -84,6 +120,19 @@ def test_what_the_naive_adversary_learns_is_shared_by_defenses_and_nothing_else(
         key(attacks=[INVERTER | {"steps": 11}]),
     }
     assert len(others | {key()}) == 6
+
+
+def test_lessons_are_shared_as_far_as_they_cannot_differ() -> None:
+    def scopes(attack: dict[str, Any]) -> list[tuple[bool, int, str]]:
+        config = prepared(attacks=[attack]).spec.config
+        jobs = [("naive", ""), ("adaptive", "simulated"), ("adaptive", "slices"), ("adaptive", "average")]
+        found = [lessons.Scope.of(config, AttackJob(0, 1, None, (1,), *job)) for job in jobs]
+        return [(scope.simulates, scope.rounds, scope.strategy) for scope in found]
+
+    assert scopes(GENERATIVE) == 4 * [(False, 1, "")]
+    assert scopes(INVERTER) == [(False, 1, ""), (True, 1, ""), (True, 1, ""), (True, 2, "")]
+    rehearsed = [(True, 2, name) for name in ("simulated", "slices", "average")]
+    assert scopes(TUNED) == [(False, 1, ""), *rehearsed]
 
 
 @pytest.mark.ray
@@ -142,6 +191,42 @@ def test_a_generator_is_learned_once_for_all_adversaries_and_its_ceiling_is_told
         assert all(row.loss_at_truth is not None for row in few.rows)
 
 
+@pytest.mark.ray
+def test_a_generator_is_shared_by_defenses_though_nobody_is_naive(runtime: Runtime) -> None:
+    audit = AUDIT | {"adversaries": ["adaptive"], "observations": 1}
+    told, reports = [], []
+    for defense in (DEFENSE, {"name": "gc"}):
+        config = small_experiment(
+            seed=11, attacks=[GENERATIVE], audit=audit, defense=defense, federation={"rounds": 1}
+        )
+        notes = Notes()
+        result = Simulation(config, runtime=runtime, reporter=notes).run()
+        told.append([line for line in notes.lines if "ceiling" in line])
+        reports += [row.learned for one in result.audits for row in one.rows]
+    assert [len(lines) for lines in told] == [1, 0], "the second simulation learned nothing anew"
+    assert len(set(reports)) == 1 and reports[0] in told[0][0], "but results of both tell what was learned"
+
+
+@pytest.mark.ray
+def test_weights_are_tuned_once_a_strategy_and_workers_change_no_bit(runtime: Runtime) -> None:
+    audit = AUDIT | {"victims_per_shard": 2}
+    config = small_experiment(attacks=[TUNED], audit=audit, defense=DEFENSE, federation={"rounds": 1})
+    notes = Notes()
+    two = Simulation(config, runtime=runtime, reporter=notes).run().audits
+    runtime.lessons.clear()
+    with other_workers(runtime, 1):
+        one = Simulation(config, runtime=runtime).run().audits
+    strategies = ["", "simulated", "slices", "denoise", "average", "agreement", "told_slices"]
+    assert [audit.strategy for audit in two] == strategies
+    reports = [line.split(": ", 2)[-1] for line in notes.lines if "best on 3 public victims" in line]
+    assert len(reports) == len(strategies), "each is tuned once"
+    for few, many, report in zip(one, two, reports, strict=True):
+        assert np.array_equal(few.reconstructions, many.reconstructions)
+        assert [replace(row, seconds=0) for row in few.rows] == [replace(row, seconds=0) for row in many.rows]
+        assert {row.learned for row in many.rows} == {report}
+        assert all(row.loss_at_truth is not None for row in many.rows)
+
+
 def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_starts() -> None:
     with pytest.raises(
         ConfigError, match="audit.parameters: inverter simulates the defense, which takes `public`"
@@ -156,3 +241,10 @@ def test_bad_public_images_and_estimated_parameters_are_refused_before_anything_
     few = replace(digits, test_images=digits.test_images[:9], test_labels=digits.test_labels[:9])
     with pytest.raises(ConfigError, match="generative: 9 public images are too few to learn from"):
         prepare(small_experiment(attacks=[GENERATIVE]), few)
+    with pytest.raises(ConfigError, match="gia: 9 public images are too few to tune `tv` on: 3 gradients of 4 "):
+        prepare(small_experiment(attacks=[TUNED], audit={"batch_size": 4}), few)
+    with pytest.raises(ConfigError, match="audit.parameters: gia simulates the defense, which takes `public`"):
+        prepared(attacks=[TUNED], audit=AUDIT | {"parameters": "estimated"})
+    unknown = {"local_learning_rate": "estimated", "payload": "training"}
+    with pytest.raises(ConfigError, match="gia: to choose `tv` on public images takes the clients' learning rate"):
+        prepared(attacks=[TUNED], audit=unknown)

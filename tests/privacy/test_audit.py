@@ -103,6 +103,7 @@ def test_what_an_attack_learns_from_has_no_room_for_victims() -> None:
         "knowledge",  # without secrets and repeats: tests/engine/test_lessons.py
         "rounds",
         "local",
+        "strategy",
     }
 
 
