@@ -19,7 +19,7 @@ def pruned_count(size: int, fraction: float) -> int:
 
 
 def keep_largest(values: Tensor, sizes: Sequence[int], fraction: float) -> Tensor:
-    """Return `values` [K, d] with zeros below the `fraction` quantile of each part's magnitudes, row by row; ties stay.
+    """Return `values` [K, d] with zeros below the `fraction` quantile of magnitudes in each part; ties are kept.
 
     Args:
         values: One row a client.
