@@ -83,8 +83,9 @@ class Comparison:
                 tracking store or the Ray cluster cannot be reached.
         """
         self._check_folder(resume)
-        tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
         with Runtime(self.config.runtime, self.address) as runtime:
+            # Only now: to import MLflow takes as long as the workers take to start.
+            tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")
             parent = self._start(tracker)
             status = "FAILED"
             try:

@@ -1,4 +1,7 @@
-"""What a simulation leaves: frames in memory, files in its folder."""
+"""What a simulation leaves: frames in memory, files in its folder.
+
+pandas is imported where it is used: a run's first round need not wait for it.
+"""
 
 import hashlib
 import io
@@ -7,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
@@ -23,6 +25,9 @@ from fedsim.files import check_folder, write_atomically
 from fedsim.learning.execution import Execution
 from fedsim.privacy.audit import AuditRow
 from fedsim.settings import read_yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROUND_COLUMNS = ("local_seconds", "defense_seconds", "aggregate_seconds", "compensate_seconds", "idle_seconds")
 PARTICIPATION_COLUMNS = ("clients_dropped", "clients_late", "late_bytes", "simulated_seconds")
@@ -89,7 +94,7 @@ class SimulationResult:
 
     config: ExperimentConfig
     summary: dict[str, Any]
-    rounds: pd.DataFrame
+    rounds: "pd.DataFrame"
     audits: list[AuditResult] = field(default_factory=list)
 
     @property
@@ -105,12 +110,16 @@ class SimulationResult:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The rounds as records; what was not measured in a round is not in its record."""
+        import pandas as pd
+
         records = self.rounds.to_dict(orient="records")
         return [{str(k): v for k, v in record.items() if not pd.isna(v)} for record in records]
 
     @property
-    def images(self) -> pd.DataFrame:
+    def images(self) -> "pd.DataFrame":
         """One row a reconstructed image, as `AuditRow` describes."""
+        import pandas as pd
+
         return pd.DataFrame(self.summary["audits"])
 
 
@@ -168,6 +177,8 @@ class RunFolder:
 
     def load_result(self) -> SimulationResult:
         """Read a finished run back."""
+        import pandas as pd
+
         summary = self.finished()
         if summary is None:
             raise ConfigError(f"{self.path} holds no finished run")
@@ -217,7 +228,7 @@ def grid(rows: Sequence[NDArray[np.uint8]]) -> bytes:
     return buffer.getvalue()
 
 
-def timing(rounds: pd.DataFrame) -> dict[str, float]:
+def timing(rounds: "pd.DataFrame") -> dict[str, float]:
     """Return mean seconds a round by where they went (worker times summed over workers), without round 0."""
     counted = rounds.iloc[1:] if len(rounds) > 1 else rounds
     return {name.removesuffix("_seconds"): float(counted[name].mean()) for name in ROUND_COLUMNS}
@@ -234,6 +245,8 @@ def summarize(
     execution: Execution,
 ) -> SimulationResult:
     """Gather what a simulation found into its result."""
+    import pandas as pd
+
     rounds = pd.DataFrame(history)
     counted = rounds["seconds"].iloc[1:] if len(rounds) > 1 else rounds["seconds"]
     rows = [asdict(row) for audit in audits for row in audit.rows]

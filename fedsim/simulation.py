@@ -4,7 +4,7 @@ The loop is `_Run.train`; start reading there.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Simulation:
         dataset: Dataset | None = None,
         runtime: Runtime | None = None,
         address: str | None = None,
-        tracker: Tracker | None = None,
+        tracker: Tracker | Callable[[], Tracker] | None = None,
         parent: TrackedRun | None = None,
         tags: Mapping[str, str] | None = None,
         reporter: Reporter | None = None,
@@ -64,7 +64,7 @@ class Simulation:
             dataset: The data, when the caller has loaded it already.
             runtime: Ray runtime to run on.
             address: Ray cluster for a runtime of its own; None: this machine.
-            tracker: MLflow store to log to; None logs nothing.
+            tracker: MLflow store to log to, or what opens it while the workers start; None logs nothing.
             parent: MLflow run that this one is a child of.
             tags: More tags for the MLflow run.
             reporter: Told about progress.
@@ -99,9 +99,10 @@ class Simulation:
             return self._run_tracked(runtime)
 
     def _run_tracked(self, runtime: Runtime) -> SimulationResult:
+        tracker = self._open_tracker()
         if self.folder:
             self.folder.claim(self.config)
-        tracked = self._start_tracking()
+        tracked = self._start_tracking(tracker) if tracker else None
         try:
             result = _Run(self, runtime, tracked).train()
         except BaseException as error:
@@ -116,9 +117,9 @@ class Simulation:
     def _finished(self, folder: RunFolder) -> SimulationResult:
         """Read a finished run back, and log it if an interruption came between its end and MLflow's."""
         result = folder.load_result()
-        if self.tracker and not self.tracker.has_finished(self._identity):
-            tracked = self._start_tracking()
-            assert tracked
+        tracker = self._open_tracker()
+        if tracker and not tracker.has_finished(self._identity):
+            tracked = self._start_tracking(tracker)
             for record in result.history:
                 tracked.round(record)
             tracked.result(result, folder)
@@ -130,11 +131,13 @@ class Simulation:
         place = str(self.folder.path.resolve()) if self.folder else "memory"
         return f"{self.config.fingerprint()[:16]}@{place}"
 
-    def _start_tracking(self) -> TrackedRun | None:
-        if not self.tracker:
-            return None
+    def _open_tracker(self) -> Tracker | None:
+        """Return the MLflow store; ConfigError says why it cannot be opened."""
+        return self.tracker() if callable(self.tracker) else self.tracker
+
+    def _start_tracking(self, tracker: Tracker) -> TrackedRun:
         tags = {"fedsim.kind": "run", "fedsim.name": self.config.name, **self.tags, "fedsim.id": self._identity}
-        tracked = self.tracker.start(self.config.name, tags, self.parent)
+        tracked = tracker.start(self.config.name, tags, self.parent)
         tracked.params(self.config.to_dict())
         tracked.dataset(self.prepared.dataset, self.config.data.name)
         return tracked

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,13 @@ from fedsim.simulation import Simulation
 from tests.conftest import small_experiment
 
 pytestmark = pytest.mark.ray
+
+
+def test_what_only_a_runs_end_needs_is_not_imported_at_its_start() -> None:
+    late = ("matplotlib", "mlflow", "pandas", "scipy", "skimage", "sklearn", "ray.tune", "torch._dynamo")
+    code = f"import sys, fedsim.plan, fedsim.simulation; print([m for m in {late} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.fixture(scope="module")

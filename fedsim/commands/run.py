@@ -2,6 +2,7 @@
 
 import argparse
 from argparse import Namespace
+from functools import partial
 
 from fedsim.commands.base import draw_partition_of, make_console, settings_argument, split_settings, work_options
 from fedsim.errors import ConfigError
@@ -35,7 +36,7 @@ def run(options: Namespace) -> int:
     simulation.check_output(options.resume)
     if config.tracking.uri != "off":
         uri = resolve_uri(config.tracking.uri, options.output)
-        simulation.tracker = Tracker(uri, config.tracking.experiment, options.output / "mlartifacts")
+        simulation.tracker = partial(Tracker, uri, config.tracking.experiment, options.output / "mlartifacts")
     with reporter(console) as simulation.reporter:
         result = simulation.run(options.resume)
     draw_partition_of(simulation.prepared, folder / "partition.png")

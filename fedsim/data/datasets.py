@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -95,16 +96,25 @@ class DigitsConfig(_DatasetSettings):
 
     def arrays(self, data_dir: Path | None, download: bool) -> tuple[Arrays, tuple[str, ...]]:
         """Return the arrays and class names; both arguments are ignored."""
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = _read_digits()
         coarse = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-        images, labels = scale_images(coarse, (28, 28), "bicubic"), labels.astype(np.int64)
+        images = scale_images(coarse, (28, 28), "bicubic")
         shuffled = numpy_stream(0, Purpose.DATA_SPLIT).permutation(len(labels))
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
         test = np.sort(by_class[::5])
         train = np.setdiff1d(by_class, test)
         return Arrays(images[train], labels[train], images[test], labels[test]), CLASS_NAMES[self.name]
+
+
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return pixels, 0 to 16, [1797, 64], and labels [1797], as `sklearn.datasets.load_digits` does.
+
+    Its file is read here, because importing scikit-learn would be a second of every run's start.
+    """
+    package = find_spec("sklearn")
+    assert package and package.origin
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return table[:, :-1], table[:, -1].astype(np.int64)
 
 
 class MNISTConfig(_FilesConfig):

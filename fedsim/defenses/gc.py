@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from fedsim.defenses.base import ClientContext, Defense, DefenseSettings
-from fedsim.defenses.pruning import count_nonzero, keep_largest, pruned_count
+from fedsim.defenses.pruning import count_nonzero, keep_largest
 
 INDEX_BYTES = 4
 
@@ -42,10 +41,7 @@ class GradientCompression(Defense):
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
         """Return `updates` [K, d] with the smallest entries of each parameter zeroed; ties are kept."""
-        sizes, protected = context.model.layout.sizes, torch.empty_like(updates)
-        for part, kept in zip(updates.split(sizes, dim=1), protected.split(sizes, dim=1), strict=True):
-            keep_largest(part, pruned_count(part.shape[1], self.prune), out=kept)
-        return protected
+        return keep_largest(updates, context.model.layout.sizes, self.prune)
 
     def upload_bytes(self, protected: Tensor) -> Tensor:
         """Bytes of the entries that are not zero, plus their indices or a bit mask, whichever is less."""

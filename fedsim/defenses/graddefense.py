@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from itertools import compress, pairwise
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
@@ -20,7 +20,7 @@ from fedsim.defenses.base import (
 from fedsim.defenses.clipping import clip_slices_
 from fedsim.defenses.denoising import marchenko_pastur_denoise, published_denoise, published_shape
 from fedsim.defenses.sensitivity import frobenius_risk, published_risk
-from fedsim.defenses.slicing import equal_risk_bounds, published_bounds
+from fedsim.defenses.slicing import equal_risk_bounds, joined_slices, published_bounds
 from fedsim.errors import RunError
 
 
@@ -119,13 +119,14 @@ class GradDefense(Defense):
         bounds = context.public["slice_bounds"].tolist()
         selected = self._select(context)
         protected = self._clipped(updates, selected, bounds, context)
-        sizes = [stop - start for start, stop in pairwise(bounds)]
         for row, chosen, generator in zip(protected, selected.tolist(), context.generators, strict=True):
-            parts = list(compress(row.split(sizes), chosen))
+            stretches = joined_slices(bounds, chosen)
             # One draw for all of them: noise costs nearly all of what this defense does.
-            noise = row.new_empty(sum(map(len, parts))).normal_(generator=generator)
-            for part, own in zip(parts, noise.split([len(part) for part in parts]), strict=True):
-                part.add_(own, alpha=self.settings.sigma)
+            noise = row.new_empty(sum(stop - start for start, stop in stretches)).normal_(generator=generator)
+            used = 0
+            for start, stop in stretches:
+                row[start:stop].add_(noise[used : used + stop - start], alpha=self.settings.sigma)
+                used += stop - start
         if self.published:
             self._perturb_neighbours(protected, selected, bounds, context)
         return protected

@@ -82,3 +82,19 @@ def published_bounds(risk: Floats, sizes: Sequence[int], slices: int) -> Integer
     # Rounding alone can use up the atoms early; the published code then raises, here the rest stays empty.
     bounds += [len(atoms) * atom] * (slices + 1 - len(bounds))
     return np.asarray(bounds, dtype=np.int64)
+
+
+def joined_slices(bounds: Sequence[int], chosen: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return the chosen ones of n slices as half-open stretches, neighbours joined to one.
+
+    Args:
+        bounds: n + 1 ascending positions.
+        chosen: Which slices, length n.
+    """
+    stretches: list[tuple[int, int]] = []
+    for start, stop, taken in zip(bounds[:-1], bounds[1:], chosen, strict=True):
+        if taken and stretches and stretches[-1][1] == start:
+            stretches[-1] = (stretches[-1][0], stop)
+        elif taken:
+            stretches.append((start, stop))
+    return stretches

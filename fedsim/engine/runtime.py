@@ -16,8 +16,8 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
+from fedsim.engine.lean_node import lean_node
 from fedsim.engine.pool import WorkerPool
-from fedsim.engine.ports import own_agent_port
 from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
@@ -64,7 +64,7 @@ class Cluster:
             self._scratch = Scratch()
             common |= {"_temp_dir": str(self._scratch.path), "num_cpus": max(local_cpus(), cpus)}
         try:
-            with own_agent_port():
+            with lean_node():
                 ray.init(address=address or "local", namespace="fedsim", **common)
             # Batch systems ask by SIGTERM what a person asks by Ctrl-C; Ray's own handler keeps nothing.
             _on_terminate(signal.default_int_handler)

@@ -1,15 +1,20 @@
-"""Server optimisers: they turn the aggregate of a round into the next weights (Reddi et al., ICLR 2021)."""
+"""Server optimisers: they turn the aggregate of a round into the next weights (Reddi et al., ICLR 2021).
 
-from collections.abc import Callable, Iterable, Mapping
+They give the bits of `torch.optim`, whose optimisers import PyTorch's compiler when the first one is made: that
+would be more than a second of every start.
+"""
+
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fedsim.schema import Schema
 
+Moments = dict[str, Tensor]
+"""What an optimiser remembers, by name; empty before the first step."""
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -36,9 +41,13 @@ class SgdConfig(_Schedule):
     momentum: Momentum = 0.0
     """Heavy-ball momentum (FedAvgM)."""
 
-    def build(self, weights: Tensor) -> Optimizer:
-        """Return the optimiser of `weights`."""
-        return torch.optim.SGD([weights], lr=self.learning_rate, momentum=self.momentum)
+    def step(self, weights: Tensor, gradient: Tensor, rate: float, moments: Moments) -> None:
+        """Move `weights` [d] along `gradient` [d] at the learning rate `rate`, and `moments` with them."""
+        if self.momentum and moments:
+            gradient = moments["momentum_buffer"].mul_(self.momentum).add_(gradient)
+        elif self.momentum:
+            moments["momentum_buffer"] = gradient = gradient.clone()
+        weights.add_(gradient, alpha=-rate)
 
 
 class AdamConfig(_Schedule):
@@ -54,14 +63,23 @@ class AdamConfig(_Schedule):
     epsilon: Rate = 1e-8
     """Added to the root of the second moment."""
 
-    def build(self, weights: Tensor) -> Optimizer:
-        """Return the optimiser of `weights`."""
-        betas = (self.beta1, self.beta2)
-        return torch.optim.Adam([weights], lr=self.learning_rate, betas=betas, eps=self.epsilon)
+    def step(self, weights: Tensor, gradient: Tensor, rate: float, moments: Moments) -> None:
+        """Move `weights` [d] along `gradient` [d] at the learning rate `rate`, and `moments` with them."""
+        if not moments:
+            moments |= {"step": torch.tensor(0.0)}
+            moments |= {name: torch.zeros_like(weights) for name in ("exp_avg", "exp_avg_sq")}
+        steps = moments["step"].add_(1).item()
+        first = moments["exp_avg"].lerp_(gradient, 1 - self.beta1)
+        second = moments["exp_avg_sq"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        root = (second.sqrt() / (1 - self.beta2**steps) ** 0.5).add_(self.epsilon)
+        weights.addcdiv_(first, root, value=-rate / (1 - self.beta1**steps))
 
 
 class YogiConfig(_Schedule):
-    """Server Yogi (FedYogi): as Adam, with a second moment that moves additively."""
+    """Server Yogi (FedYogi): as Adam without bias correction, with a second moment that moves additively.
+
+    Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2.
+    """
 
     name: Literal["yogi"] = "yogi"
     learning_rate: Rate = 0.01
@@ -73,36 +91,18 @@ class YogiConfig(_Schedule):
     epsilon: Rate = 1e-3
     """Adaptivity τ: added to the root of the second moment, which starts at τ²."""
 
-    def build(self, weights: Tensor) -> Optimizer:
-        """Return the optimiser of `weights`."""
-        return Yogi([weights], lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon)
+    def step(self, weights: Tensor, gradient: Tensor, rate: float, moments: Moments) -> None:
+        """Move `weights` [d] along `gradient` [d] at the learning rate `rate`, and `moments` with them."""
+        if not moments:
+            moments["exp_avg"] = torch.zeros_like(weights)
+            moments["exp_avg_sq"] = torch.full_like(weights, self.epsilon**2)
+        first, second, square = moments["exp_avg"], moments["exp_avg_sq"], gradient.square()
+        first.lerp_(gradient, 1 - self.beta1)
+        second.sub_((1 - self.beta2) * square * torch.sign(second - square))
+        weights.addcdiv_(first, second.sqrt().add_(self.epsilon), value=-rate)
 
 
 ServerOptimizerConfig = Annotated[SgdConfig | AdamConfig | YogiConfig, Field(discriminator="name")]
-
-
-class Yogi(Optimizer):
-    """Yogi as in algorithm 2 of Reddi et al., "Adaptive Federated Optimization", ICLR 2021."""
-
-    def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Optimise `params` with rate `lr`, moment decays `betas` and adaptivity `eps`."""
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step along the gradients held by the parameters."""
-        for group in self.param_groups:
-            (beta1, beta2), eps = group["betas"], group["eps"]
-            for parameter in group["params"]:
-                gradient, state = parameter.grad, self.state[parameter]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.full_like(parameter, eps**2)
-                first, second = state["exp_avg"], state["exp_avg_sq"]
-                square = gradient.square()
-                first.lerp_(gradient, 1 - beta1)
-                second.sub_((1 - beta2) * square * torch.sign(second - square))
-                parameter.addcdiv_(first, second.sqrt().add_(eps), value=-group["lr"])
 
 
 class ServerOptimizer:
@@ -111,27 +111,20 @@ class ServerOptimizer:
     def __init__(self, config: Any, weights: Tensor) -> None:
         """Start from `weights` [d]; they are copied."""
         self.weights = weights.clone()
-        self._optimizer = config.build(self.weights)
-        self._full_rate = config.learning_rate
+        self._config = config
+        self._moments: Moments = {}
 
+    @torch.no_grad()
     def step(self, pseudo_gradient: Tensor, rate: float = 1.0) -> Tensor:
         """Move along `pseudo_gradient` [d] at `rate` times the learning rate; return the weights [d]."""
-        self._optimizer.param_groups[0]["lr"] = rate * self._full_rate
-        self.weights.grad = pseudo_gradient
-        self._optimizer.step()
-        self.weights.grad = None
+        self._config.step(self.weights, pseudo_gradient, rate * self._config.learning_rate, self._moments)
         return self.weights
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights and the optimiser's moments as named tensors."""
-        state: dict[str, Tensor] = dict(self._optimizer.state.get(self.weights, {}))
-        moments = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        return {"weights": self.weights, **moments}
+        return {"weights": self.weights, **self._moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
-        with torch.no_grad():
-            self.weights.copy_(state["weights"])
-        moments = {name: value.clone() for name, value in state.items() if name != "weights"}
-        if moments:
-            self._optimizer.state[self.weights] = moments
+        self.weights.copy_(state["weights"])
+        self._moments = {name: value.clone() for name, value in state.items() if name != "weights"}

@@ -1,11 +1,12 @@
-"""How close a reconstruction is to the private images, and how close knowing nothing comes."""
+"""How close a reconstruction is to the private images, and how close knowing nothing comes.
+
+SciPy and scikit-image are imported where they are used: a run's first round need not wait for them.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from fedsim.randomness import Purpose, torch_stream
@@ -93,6 +94,8 @@ def _pixels(images: Tensor) -> np.ndarray:
 
 
 def _batch(victim: int, truth: np.ndarray, guess: np.ndarray) -> list[ImageScore]:
+    from scipy.optimize import linear_sum_assignment
+
     flat_truth, flat_guess = truth.reshape(len(truth), -1), guess.reshape(len(guess), -1)
     cost = ((flat_truth[:, None] - flat_guess[None]) ** 2).mean(-1)
     matches = linear_sum_assignment(cost)[1]
@@ -100,6 +103,8 @@ def _batch(victim: int, truth: np.ndarray, guess: np.ndarray) -> list[ImageScore
 
 
 def _row(victim: int, image: int, matched: int, truth: np.ndarray, guess: np.ndarray) -> ImageScore:
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     with np.errstate(divide="ignore"):
         psnr = float(peak_signal_noise_ratio(truth, guess, data_range=1))
     side = min(SSIM_WINDOW, *truth.shape[1:])

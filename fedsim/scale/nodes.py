@@ -6,7 +6,7 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
-from fedsim.engine.ports import free_port
+from fedsim.engine.lean_node import free_port
 from fedsim.errors import RunError
 
 STORE_BYTES = 512 * 2**20

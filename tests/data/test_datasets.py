@@ -16,6 +16,7 @@ from fedsim.data.datasets import (
     DigitsConfig,
     FashionMNISTConfig,
     MNISTConfig,
+    _read_digits,
     load_dataset,
     mean_image,
     root_set,
@@ -51,6 +52,10 @@ def test_digits_need_no_files(digits):
     assert digits.train_images.shape == (1437, 1, 28, 28) and digits.test_images.shape == (360, 1, 28, 28)
     assert digits.shape == (1, 28, 28) and digits.classes == 10
     assert digits.train_images.min() == 0 and digits.train_images.max() == 255
+
+
+def test_digits_are_read_as_scikit_learn_reads_them():
+    assert all(np.array_equal(a, b) for a, b in zip(_read_digits(), load_digits(return_X_y=True), strict=True))
 
 
 def test_digits_are_split_by_class_and_lose_none(digits):
@@ -184,9 +189,9 @@ def test_mean_image(digits):
     assert np.allclose(mean, np.mean([image / 255 for image in digits.train_images], axis=0), atol=1e-7)
 
 
-def test_loading_files_imports_neither_torchvision_nor_a_runtime():
+def test_loading_data_imports_neither_torchvision_nor_a_runtime():
     code = (
-        "import sys; import fedsim.data.datasets; "
+        "import sys; from fedsim.data.datasets import DigitsConfig, load_dataset; load_dataset(DigitsConfig()); "
         "print([m for m in ('torchvision', 'sklearn', 'ray', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,22 +18,20 @@ def test_nothing_is_pruned_from_one_value_or_by_fraction_zero():
     assert pruned_count(50, 0.0) == 0
 
 
-@given(st.integers(1, 5), st.integers(1, 40), st.data())
-def test_what_is_kept_is_what_sorting_keeps(clients, size, data):
-    lowest = data.draw(st.integers(0, size - 1))
-    values = torch.from_numpy(np.random.default_rng(size).integers(-9, 9, (clients, size))).float()
-    before, out = values.clone(), torch.full_like(values, torch.nan)
-    keep_largest(values, lowest, out)
+@given(st.integers(1, 5), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(0, 0.99))
+def test_what_is_kept_is_what_sorting_keeps(clients, sizes, fraction):
+    values = torch.from_numpy(np.random.default_rng(sizes).integers(-9, 9, (clients, sum(sizes)))).float()
+    before, out = values.clone(), keep_largest(values, sizes, fraction)
     assert torch.equal(values, before)
-    for row, kept in zip(values.tolist(), out.tolist(), strict=True):
-        threshold = sorted(map(abs, row))[lowest]
-        assert kept == [value if abs(value) >= threshold else 0.0 for value in row]
+    for part, kept_part in zip(values.split(sizes, dim=1), out.split(sizes, dim=1), strict=True):
+        for row, kept in zip(part.tolist(), kept_part.tolist(), strict=True):
+            threshold = sorted(map(abs, row))[pruned_count(len(row), fraction)]
+            assert kept == [value if abs(value) >= threshold else 0.0 for value in row]
     assert count_nonzero(out).tolist() == [sum(value != 0 for value in row) for row in out.tolist()]
 
 
 def test_a_value_that_is_not_finite_is_still_not():
     values = torch.tensor([[1.0, float("inf"), float("nan")], [1.0, 2.0, 3.0]])
-    out = torch.empty_like(values)
-    keep_largest(values, 1, out)
+    out = keep_largest(values, [3], 0.5)
     assert out[0].isfinite().tolist() == [True, False, False]
     assert out[1].tolist() == [0, 2, 3]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedsim.defenses.slicing import equal_risk_bounds, published_bounds
+from fedsim.defenses.slicing import equal_risk_bounds, joined_slices, published_bounds
 from fedsim.errors import ConfigError
 from tests.defenses import published_reference
 
@@ -74,3 +74,16 @@ def test_published_walk_that_runs_out_of_atoms_leaves_empty_slices():
     assert published_bounds(np.array([np.nextafter(1, 0), 0.0]), [1, 1], 1).tolist() == [0, 2]
     bounds = published_bounds(np.zeros(2), [4, 8], 3)
     assert bounds.tolist() == [0, 0, 0, 12]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=12))
+def test_joined_slices_hold_the_entries_of_the_chosen_ones_in_order(slices):
+    lengths, chosen = zip(*slices, strict=True)
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    expected = [at for i, taken in enumerate(chosen) if taken for at in range(bounds[i], bounds[i + 1])]
+    stretches = joined_slices(bounds, chosen)
+    assert [at for start, stop in stretches for at in range(start, stop)] == expected
+
+
+def test_neighbours_are_one_stretch():
+    assert joined_slices([0, 2, 5, 6, 9], [True, True, False, True]) == [(0, 5), (6, 9)]

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,6 +39,36 @@ def test_yogi_follows_reddi_et_al() -> None:
             second[i] -= 0.1 * g * g * sign
             weights[i] -= 0.1 * first[i] / (second[i] ** 0.5 + 0.01)
     assert moved.tolist() == pytest.approx(weights, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [
+        (SgdConfig(), {"lr": 1.0}),
+        (SgdConfig(learning_rate=0.5, momentum=0.9, warmup_rounds=3), {"lr": 0.5, "momentum": 0.9}),
+        (AdamConfig(decay_rounds=5), {"lr": 0.01}),
+        (AdamConfig(beta1=0.5, beta2=0.9, epsilon=1e-3), {"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3}),
+    ],
+)
+def test_pytorch_gives_the_same_bits(config: SgdConfig | AdamConfig, theirs: dict[str, Any]) -> None:
+    start = torch.linspace(-1, 1, 7)
+    ours, parameter = ServerOptimizer(config, start), start.clone()
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.SGD
+    reference = kind([parameter], **theirs)
+    for number, gradient in enumerate(gradients(20)):
+        reference.param_groups[0]["lr"] = config.rate(number, 20) * config.learning_rate
+        parameter.grad = gradient
+        reference.step()
+        assert torch.equal(ours.step(gradient, config.rate(number, 20)), parameter)
+
+
+def test_a_step_does_not_import_pytorchs_compiler() -> None:
+    code = (
+        "import sys, torch; from fedsim.learning.server_optimizers import AdamConfig, ServerOptimizer; "
+        "ServerOptimizer(AdamConfig(), torch.ones(2)).step(torch.ones(2)); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{getattr(c, 'momentum', '')}")
