@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from fedsim.errors import FedsimError
 
-EPILOG = "exit codes: 0 done, 1 failed while running (resumable), 2 bad input (nothing started), 130 interrupted"
+EPILOG = "exit codes: 0 done, 1 failed while running (resumable), 2 bad input (no work done), 130 interrupted"
 
 
 class _Parser(argparse.ArgumentParser):
