@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -165,13 +166,22 @@ class RunFolder:
         write_json(self.reconstructions / f"{audit.stem}.json", [asdict(row) for row in audit.rows])
 
     def load_audit(self, attack: str, adversary: str, strategy: str, round_: int) -> AuditResult | None:
-        """Return an audit written before, None if there is none."""
+        """Return an audit written before, None if there is none.
+
+        Raises:
+            ConfigError: If its images are missing or damaged.
+        """
         stem = audit_stem(attack, adversary, strategy, round_)
-        rows = self.reconstructions / f"{stem}.json"
+        rows, images = (self.reconstructions / f"{stem}.{kind}" for kind in ("json", "npz"))
         if not rows.exists():
             return None
-        with np.load(self.reconstructions / f"{stem}.npz") as arrays:
-            originals, reconstructions = arrays["originals"], arrays["reconstructions"]
+        try:
+            with np.load(images) as arrays:
+                originals, reconstructions = arrays["originals"], arrays["reconstructions"]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ConfigError(
+                f"{images} is missing or damaged; put it back, or delete {self.path} to run it again"
+            ) from error
         parsed = [AuditRow(**row) for row in json.loads(rows.read_text(encoding="utf-8"))]
         return AuditResult(attack, adversary, strategy, round_, parsed, originals, reconstructions)
 
