@@ -17,7 +17,7 @@ from fedsim.progress import Reporter
 from fedsim.results import SimulationResult
 from fedsim.settings import read_yaml
 from fedsim.simulation import Simulation
-from fedsim.tracking import TrackedRun, Tracker, resolve_uri
+from fedsim.tracking import TrackedRun, Tracker, check_store, resolve_uri
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Comparison:
                 tracking store or the Ray cluster cannot be reached.
         """
         self._check_folder(resume)
+        check_store(self.tracking_uri)
         with Runtime(self.config.runtime, self.address) as runtime:
             # Only now: to import MLflow takes as long as the workers take to start.
             tracker = Tracker(self.tracking_uri, self.config.tracking.experiment, self.root / "mlartifacts")

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from fedsim.data.datasets import Dataset
 from fedsim.errors import ConfigError, RunError
@@ -18,6 +21,8 @@ PARAM_LIMIT = 6000
 METRICS_PER_BATCH = 900
 PATIENCE_SECONDS = 600
 """How long a write that cannot wait is tried again while MLflow is away."""
+CONNECT_SECONDS = 5
+"""How long a store may take to be reached before anything starts."""
 RETRY_SECONDS = 5
 """Least time between two tries."""
 PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "PERMISSION_DENIED")
@@ -37,6 +42,22 @@ def resolve_uri(uri: str, root: Path) -> str:
         return uri
     root.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+def check_store(uri: str) -> None:
+    """See that somebody listens where an HTTP store should be, which is told at once; MLflow would try for long.
+
+    Raises:
+        ConfigError: If nobody does.
+    """
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https") or address.scheme in getproxies():
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"tracking.uri: no MLflow store at {uri}: {error.strerror or error}") from error
 
 
 def patiently(write: Callable[[], T], patience: float | None = None) -> T:

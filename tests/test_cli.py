@@ -61,6 +61,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["run", "data={name: digits, partition: {name: shards, classes_per_client: 11}}"], "partition"),
         (["run", "model={name: custom, factory: nowhere:f}"], "cannot import"),
         (["run", "--address", "127.0.0.1:1", "federation.rounds=1"], "no Ray runtime at 127.0.0.1:1"),
+        (["run", "tracking.uri=http://127.0.0.1:1"], "no MLflow store at http://127.0.0.1:1"),
         (["run", "data.name=mnist", "--data-dir", "/nonexistent"], "mnist"),
         (["compare", "--preset", "quikc"], "did you mean 'quick'"),
         (["compare", "--defense", "gcc"], "did you mean 'gc'"),
@@ -89,9 +90,11 @@ def test_a_store_that_cannot_be_opened_gets_one_line_and_code_2_before_any_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """It is opened while the workers start; they are gone again, and no folder is claimed."""
-    arguments = ["run", "--output", str(tmp_path / "out"), "tracking.uri=http://127.0.0.1:1"]
-    assert "no MLflow store at http://127.0.0.1:1" in fails(arguments, capsys)
-    assert not ray.is_initialized() and not (tmp_path / "out").exists()
+    before, store = ray.is_initialized(), f"sqlite:///{tmp_path}/no/folder/mlflow.db"
+    (tmp_path / "no").write_text("a file where MLflow needs a folder")
+    arguments = ["run", "--output", str(tmp_path / "out"), f"tracking.uri={store}"]
+    assert f"no MLflow store at {store}" in fails(arguments, capsys)
+    assert ray.is_initialized() == before and not (tmp_path / "out").exists()
 
 
 def test_dry_runs_print_the_plan_and_start_nothing(

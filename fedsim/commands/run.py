@@ -21,7 +21,7 @@ def run(options: Namespace) -> int:
     from fedsim.config import load_config
     from fedsim.progress import reporter
     from fedsim.simulation import Simulation
-    from fedsim.tracking import Tracker, resolve_uri
+    from fedsim.tracking import Tracker, check_store, resolve_uri
 
     path, overrides = split_settings(options.settings)
     if options.seed is not None:
@@ -36,6 +36,7 @@ def run(options: Namespace) -> int:
     simulation.check_output(options.resume)
     if config.tracking.uri != "off":
         uri = resolve_uri(config.tracking.uri, options.output)
+        check_store(uri)
         simulation.tracker = partial(Tracker, uri, config.tracking.experiment, options.output / "mlartifacts")
     with reporter(console) as simulation.reporter:
         result = simulation.run(options.resume)
