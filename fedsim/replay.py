@@ -62,7 +62,7 @@ class Replayed:
 
     def _record(self, recording: _Recording, inputs: tuple[Tensor, ...]) -> None:
         recorded = [shapes for shapes, other in self._recordings.items() if other.graph]
-        for shapes in recorded[: len(recorded) - GRAPHS + 1]:
+        for shapes in recorded[: max(0, len(recorded) + 1 - GRAPHS)]:
             del self._recordings[shapes]
         graph, own = torch.cuda.CUDAGraph(), tuple(tensor.detach().clone() for tensor in inputs)
         try:
