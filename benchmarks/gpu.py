@@ -6,7 +6,7 @@
 
 The workload is that of `benchmarks.engine`: the DLG LeNet on 1×28×28, batches of 32, one local step; of 10,000
 clients with 60 images each. The loop trains one client after the other, its data on the GPU, too. `rounds` gives
-medians after two rounds of warming up, and how many times as long the loop takes (measured on 100 clients).
+medians after nine rounds of warming up, and how many times as long the loop takes (measured on 100 clients).
 `where` takes a round of one worker apart, in one process without Ray. `step` is the local step alone, launched
 kernel by kernel and replayed as a graph. For attacks on a GPU see `benchmarks.attacks`. One JSON line each.
 """

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.request import getproxies
 
 from fedsim.data.datasets import Dataset
 from fedsim.errors import ConfigError, RunError
+from fedsim.reachable import check_reachable
 
 if TYPE_CHECKING:
     from fedsim.results import RunFolder, SimulationResult
@@ -21,8 +21,6 @@ PARAM_LIMIT = 6000
 METRICS_PER_BATCH = 900
 PATIENCE_SECONDS = 600
 """How long a write that cannot wait is tried again while MLflow is away."""
-CONNECT_SECONDS = 5
-"""How long a store may take to be reached before anything starts."""
 RETRY_SECONDS = 5
 """Least time between two tries."""
 PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "PERMISSION_DENIED")
@@ -54,10 +52,7 @@ def check_store(uri: str) -> None:
     if address.scheme not in ("http", "https") or address.scheme in getproxies():
         return
     port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(f"tracking.uri: no MLflow store at {uri}: {error.strerror or error}") from error
+    check_reachable(address.hostname or "", port, f"tracking.uri: no MLflow store at {uri}")
 
 
 def patiently(write: Callable[[], T], patience: float | None = None) -> T:

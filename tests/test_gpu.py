@@ -19,7 +19,7 @@ from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.engine.federation import Federation
 from fedsim.engine.runtime import Runtime
 from fedsim.learning.batches import ImageStore
-from fedsim.learning.execution import build_trainer
+from fedsim.learning.execution import HalvingTrainer, build_trainer
 from fedsim.learning.models import LeNetConfig, build_model
 from fedsim.preparation import prepare
 from fedsim.replay import Replayed
@@ -109,11 +109,15 @@ def test_attacks_find_on_a_gpu_what_they_find_on_a_cpu(settings: AttackSettings)
     assert (error < 1e-3).all(), error
 
 
-def test_a_chunk_that_does_not_fit_is_trained_in_parts(digits: Dataset) -> None:
+def test_a_chunk_that_does_not_fit_is_trained_in_parts(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(LeNetConfig(init="uniform"), digits.shape, 10, seed=0).to("cuda")
     data = ImageStore.of(digits.train_images, digits.train_labels, "cuda")
     trainer, weights = build_trainer(model, data, RATE, "vectorized"), model.initial_weights().cuda()
+    assert isinstance(trainer, HalvingTrainer)
+    widths, train = list[int](), trainer.trainer.train
+    monkeypatch.setattr(trainer.trainer, "train", lambda w, part: (widths.append(len(part)), train(w, part))[1])
     schedules = [[np.arange(32) + client] for client in range(256)]
+    torch.cuda.reset_peak_memory_stats()
     whole = trainer.train(weights, schedules).updates
     needed, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -122,6 +126,7 @@ def test_a_chunk_that_does_not_fit_is_trained_in_parts(digits: Dataset) -> None:
         parts = trainer.train(weights, schedules).updates
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert widths[:2] == [256, 256] and widths[2] == 128, "it fits at first, and then it does not"
     assert torch.allclose(whole, parts, atol=1e-5)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim.cli import run
@@ -17,16 +18,21 @@ from tests.test_cli import fails
 from tests.test_payload_attack import LENET, payload
 
 
+def saved_payload(path: Path, images: Tensor, labels: Tensor) -> Path:
+    """Save a LeNet, its gradient of images [B, 1, 28, 28] with labels [B], and the truth; return the path."""
+    model = build_model(LeNetConfig(), (1, 28, 28), 10, seed=0).module
+    F.cross_entropy(model(images), labels).backward()
+    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
+    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": labels, "images": images}, path)
+    return path
+
+
 def test_an_inverter_learns_from_a_named_data_set_without_the_true_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digits = load_dataset(DigitsConfig())
-    model = build_model(LeNetConfig(), digits.shape, 10, seed=0).module
-    x, y = torch.from_numpy(digits.train_images[:1].copy()) / 255, torch.from_numpy(digits.train_labels[:1])
-    F.cross_entropy(model(x), y).backward()
-    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
-    path = tmp_path / "digit.pt"
-    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": y, "images": x}, path)
+    x, y = torch.from_numpy(digits.train_images[:1].copy()) / 255, torch.from_numpy(digits.train_labels[:1].copy())
+    path = saved_payload(tmp_path / "digit.pt", x, y)
     small = {"name": "inverter", "public": "digits", "images": 200, "steps": 20, "width": 16, "components": 20}
     checked = check_payload(parse_payload_config({"shape": list(digits.shape), "attack": small}), path)
     assert checked.public is not None and len(checked.public.labels) == 1796
@@ -40,13 +46,7 @@ def test_an_inverter_learns_from_a_named_data_set_without_the_true_image(
 
 
 def test_a_generative_prior_says_how_far_it_reaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = (1, 28, 28)
-    model = build_model(LeNetConfig(), shape, 10, seed=0).module
-    x, y = smooth_images(1, shape), torch.tensor([3])
-    F.cross_entropy(model(x), y).backward()
-    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
-    path = tmp_path / "one.pt"
-    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": y, "images": x}, path)
+    path = saved_payload(tmp_path / "one.pt", smooth_images(1, (1, 28, 28)), torch.tensor([3]))
     command = ["attack", str(path), "--model", "lenet", "--shape", "1x28x28", "--attack", "generative"]
     assert "attack.public: a payload has no test images" in fails(command, capsys)
     small = ["latents=4", "width=16", "steps=10", "images=100", "iterations=5", "refine_iterations=5"]
@@ -87,13 +87,7 @@ def test_a_public_set_too_small_for_the_batch_is_refused(
 
 
 def test_a_weight_is_chosen_on_public_images_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = (1, 28, 28)
-    model = build_model(LeNetConfig(), shape, 10, seed=0).module
-    x, y = smooth_images(1, shape), torch.tensor([3])
-    F.cross_entropy(model(x), y).backward()
-    gradient = {name: value.grad.clone() for name, value in model.named_parameters()}
-    path = tmp_path / "one.pt"
-    torch.save({"weights": model.state_dict(), "gradient": gradient, "labels": y, "images": x}, path)
+    path = saved_payload(tmp_path / "one.pt", smooth_images(1, (1, 28, 28)), torch.tensor([3]))
     command = ["attack", str(path), "--model", "lenet", "--shape", "1x28x28", "--attack", "gia"]
     command += ["attack.iterations=20", "--output", str(tmp_path)]
     tuned = [*command, "attack.tv=[3, 3000]", "attack.tuning_victims=2"]

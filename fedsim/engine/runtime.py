@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from types import TracebackType
@@ -22,8 +21,7 @@ from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
 from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError
-
-CONNECT_SECONDS = 5
+from fedsim.reachable import check_reachable
 
 
 def local_cpus() -> int:
@@ -40,10 +38,7 @@ def check_address(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigError(f"no Ray runtime at {address}: {error.strerror or error}") from error
+    check_reachable(host, int(port), f"no Ray runtime at {address}")
 
 
 class Cluster:
