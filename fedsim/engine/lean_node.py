@@ -34,8 +34,11 @@ def lean_node() -> Iterator[None]:
     wanted = {"dashboard_agent_listen_port": free_port(), "no_monitor": True}
     known = inspect.signature(plain).parameters
     RayParams.__init__ = partialmethod(plain, **{name: wanted[name] for name in wanted if name in known})
-    Node.start_api_server = lambda node, **options: None
+    if serve:
+        Node.start_api_server = lambda node, **options: None
     try:
         yield
     finally:
-        RayParams.__init__, Node.start_api_server = plain, serve
+        RayParams.__init__ = plain
+        if serve:
+            Node.start_api_server = serve
