@@ -13,9 +13,9 @@ import statistics
 import time
 
 import numpy as np
-import torch
 
 from fedsim.config import parse_config
+from fedsim.engine.process import start_process
 from fedsim.learning.batches import ImageStore
 from fedsim.learning.fused import FusedTrainer
 from fedsim.learning.models import Model, build_model
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--clients", type=int, default=12, help="clients a chunk")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    start_process([])  # as a worker does
     for batch in options.batch:
         measure(options, batch)
 

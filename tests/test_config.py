@@ -106,8 +106,10 @@ def test_a_chunk_is_never_wider_than_asked_and_does_not_depend_on_workers() -> N
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for workers in ("auto", 1, 8):
         config = parse_config({"runtime": {"workers": workers}})
-        assert [config.chunk_width(n, cpu) for n in (1, 10, 100, 10_000)] == [1, 2, 4, 16]
+        assert [config.chunk_width(n, cpu) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 16]
         assert [config.chunk_width(n, gpu) for n in (1, 10, 100, 10_000)] == [1, 2, 13, 128]
+    loop = parse_config({"runtime": {"execution": "loop"}})
+    assert [loop.chunk_width(n, cpu) for n in (1, 10, 100, 10_000)] == [1, 2, 4, 16]
     assert [parse_config({}).shard_width(device) for device in (cpu, gpu)] == [4, 128]
     asked = parse_config({"runtime": {"clients_per_chunk": 30}})
     assert [asked.chunk_width(n, cpu) for n in (10, 100)] == [10, 30]

@@ -3,13 +3,14 @@
 The images of all clients run through each layer as one batch, forward and backward; only where a layer has
 parameters does the backward pass take each client's part of the batch by itself, for that client's own gradient.
 
-Source: Goodfellow, "Efficient per-example gradient computations", 2015; here with a client for an example.
+Sources: Goodfellow, "Efficient per-example gradient computations", 2015; here with a client for an example. Shi
+et al., "Is the deconvolution layer the same as a convolutional layer?", 2016.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +22,8 @@ from fedsim.learning.batches import ImageStore, Indices
 from fedsim.learning.models import Model
 from fedsim.learning.training import LocalResult, LoopTrainer, MemoryFormat
 
-IMAGES = 128
-"""Images in a pass, unless one client has more: activations beyond a core's cache cost more than passes."""
-CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
-"""Its mask says which of the gradients by input, weight and bias are computed."""
+IMAGES = 256
+"""Images in a pass, unless one client has more: a pass has its price, and so have activations beyond a cache."""
 
 
 class FusedTrainer:
@@ -47,16 +46,18 @@ class FusedTrainer:
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
         self.format = formats[memory_format]
         self.module = copy.deepcopy(model.module).train().to(memory_format=self.format)
-        self._gradients: dict[str, Tensor] = {}
+        self.layers: dict[str, _Layer] = {}
         for name, layer in self.module.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                by_client = partial(_ByClient.apply, layer, name, self._gradients, layer.weight)
-                layer.forward = by_client  # type: ignore[method-assign]
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                self.layers[name] = _Linear(layer) if isinstance(layer, nn.Linear) else _Convolution(layer)
+                layer.forward = self.layers[name].forward  # type: ignore[assignment, method-assign]
 
     def train(self, weights: Tensor, schedules: list[list[Indices]]) -> LocalResult:
         """See `LocalTrainer.train`; each client's schedule is one batch."""
         for parameter, value in zip(self.module.parameters(), self.layout.views(weights).values(), strict=True):
             parameter.data.copy_(value)
+        for layer in self.layers.values():
+            layer.filters = None
         pieces = list(_pieces([len(batch) for (batch,) in schedules]))
         found = LocalResult.join([self._pass(weights, [schedules[row] for row in rows]) for rows in pieces])
         order = np.concatenate(pieces)
@@ -72,7 +73,9 @@ class FusedTrainer:
         """Return gradients [k, d] and losses [k] of batches [k, B]."""
         images, labels = self.data.take(batches)
         gradients = weights.new_zeros(len(batches), len(weights))
-        self._gradients.update(self.layout.views(gradients))
+        views = self.layout.views(gradients)
+        for name, layer in self.layers.items():
+            layer.weight, layer.bias = views[f"{name}.weight"], views.get(f"{name}.bias")
         logits = self.module(images.flatten(0, 1).contiguous(memory_format=self.format))
         losses = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels).mean(1)
         losses.sum().backward()
@@ -98,58 +101,132 @@ def check_fusable(model: Model) -> None:
         raise ConfigError(f"runtime.execution: fused needs linear layers and plain convolutions, not {others[0]}")
 
 
-def _pieces(sizes: list[int]) -> Iterator[list[int]]:
-    """Yield rows whose batches have the same size, as many as go into a pass."""
+def _pieces(sizes: list[int]) -> Iterator[tuple[int, ...]]:
+    """Yield rows whose batches have the same size, in equal parts of no more than go into a pass."""
     for size in sorted(set(sizes)):
-        rows = [row for row, own in enumerate(sizes) if own == size]
-        width = max(1, IMAGES // size)
-        yield from (rows[at : at + width] for at in range(0, len(rows), width))
+        rows = tuple(row for row, own in enumerate(sizes) if own == size)
+        passes = -(-len(rows) // max(1, IMAGES // size))
+        yield from (rows[len(rows) * at // passes : len(rows) * (at + 1) // passes] for at in range(passes))
 
 
 class _ByClient(torch.autograd.Function):
-    """A linear layer or a convolution that adds each client's gradients to those kept under its name."""
+    """The output of a layer for the images of all clients; on the way back it collects their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, layer: Any, name: str, gradients: dict[str, Tensor], weight: Tensor, x: Tensor
-    ) -> Tensor:
-        """Return the layer's output for the images of all clients; `weight` only makes autograd come back here."""
-        ctx.layer, ctx.name, ctx.gradients = layer, name, gradients
+    def forward(ctx: Any, layer: "_Layer", weight: Tensor, x: Tensor) -> Tensor:
+        """Return the output; `weight` is there so that autograd comes back also if the input needs no gradient."""
+        ctx.layer = layer
         ctx.save_for_backward(x)
-        result: Tensor = type(layer).forward(layer, x)
-        return result
+        return layer.output(x)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
         """Return the gradient by the input."""
         (slope,), (x,) = slopes, ctx.saved_tensors
-        weight, bias = (ctx.gradients.get(f"{ctx.name}.{kind}") for kind in ("weight", "bias"))
-        backward = _linear_backward if isinstance(ctx.layer, nn.Linear) else _convolution_backward
-        return None, None, None, None, backward(ctx.layer, slope, x, weight, bias, ctx.needs_input_grad[4])
+        return None, None, ctx.layer.backward(slope, x, wanted=ctx.needs_input_grad[2])
 
 
-def _linear_backward(
-    layer: nn.Linear, slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: bool
-) -> Tensor | None:
-    own = slope.reshape(len(weight), -1, layer.out_features)
-    weight += own.mT @ x.reshape(len(weight), -1, layer.in_features)
-    if bias is not None:
-        bias += own.sum(1)
-    return slope @ layer.weight if wanted else None
+class _Layer(ABC):
+    """A layer whose gradients are added up by client.
+
+    Attributes:
+        weight: Gradients by the weights of K clients, shape [K, ...].
+        bias: Gradients by the biases, shape [K, O]; None where the layer has none.
+        filters: What it made of its weights for the way back; None when these are new.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    filters: Tensor | None
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.plain = layer.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for the images of all clients; differentiable."""
+        output: Tensor = _ByClient.apply(self, self.layer.weight, x)
+        return output
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return the output for the images of all clients."""
+        output: Tensor = self.plain(x)
+        return output
+
+    @abstractmethod
+    def backward(self, slope: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """Add to the clients' gradients; return the gradient by the input if it is wanted."""
 
 
-def _convolution_backward(
-    layer: nn.Conv2d, slope: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: bool
-) -> Tensor | None:
-    def backward(slope: Tensor, x: Tensor, *mask: bool) -> Any:
+class _Linear(_Layer):
+    """A linear layer."""
+
+    def backward(self, slope: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        own = slope.reshape(len(self.weight), -1, self.layer.out_features)
+        self.weight.baddbmm_(own.mT, x.reshape(len(self.weight), -1, self.layer.in_features))
+        if self.bias is not None:
+            self.bias += own.sum(1)
+        return slope @ self.layer.weight if wanted else None
+
+
+class _Convolution(_Layer):
+    """A convolution."""
+
+    def backward(self, slope: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        slope = slope.contiguous(memory_format=torch.channels_last)
+        clients = len(self.weight)
+        for weight, own, images in zip(self.weight, slope.chunk(clients), x.chunk(clients), strict=True):
+            weight += self._gradient(own, images, by="weight")
+        if self.bias is not None:
+            self.bias += slope.permute(0, 2, 3, 1).reshape(clients, -1, self.layer.out_channels).sum(1)
+        return self._by_input(slope, x) if wanted else None
+
+    def _by_input(self, slope: Tensor, x: Tensor) -> Tensor:
+        stride, reach = self.layer.stride[0], sub_pixel_reach(self.layer)
+        if reach is None or x.shape[2:] != torch.Size(stride * extent for extent in slope.shape[2:]):
+            return self._gradient(slope, x, by="input")
+        if self.filters is None:
+            self.filters = sub_pixel_filters(self.layer.weight.detach(), stride, self.layer.padding[0], reach)
+        return F.pixel_shuffle(F.conv2d(slope, self.filters, padding=reach), stride)
+
+    def _gradient(self, slope: Tensor, x: Tensor, by: Literal["input", "weight"]) -> Tensor:
+        layer = self.layer
         fixed = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
-        return CONVOLUTION_BACKWARD(slope, x, layer.weight, [layer.out_channels], *fixed, mask)
+        mask = (by == "input", by == "weight", False)
+        found = torch.ops.aten.convolution_backward.default(slope, x, layer.weight, None, *fixed, mask)
+        gradient: Tensor = found[0 if by == "input" else 1]
+        return gradient
 
-    slope = slope.contiguous(memory_format=torch.channels_last)
-    parts = zip(slope.tensor_split(len(weight)), x.tensor_split(len(weight)), strict=True)
-    for client, (own, images) in enumerate(parts):
-        _, by_weight, by_bias = backward(own, images, False, True, bias is not None)
-        weight[client].add_(by_weight)
-        if bias is not None:
-            bias[client].add_(by_bias)
-    return backward(slope, x, True, False, False)[0] if wanted else None
+
+def sub_pixel_reach(layer: nn.Conv2d) -> int | None:
+    """Return how many outputs to each side an input touches; None where sides differ or it is not that simple."""
+    stride, size, padding = layer.stride[0], layer.kernel_size[0], int(layer.padding[0])
+    square = (layer.stride, layer.kernel_size, layer.padding) == tuple((n, n) for n in (stride, size, padding))
+    if not square or layer.groups != 1 or layer.dilation != (1, 1):
+        return None
+    before, after = (stride - 1 + padding) // stride, (size - 1 - padding) // stride
+    return after if before == after else None
+
+
+def sub_pixel_filters(weight: Tensor, stride: int, padding: int, reach: int) -> Tensor:
+    """Return the filters of a convolution without stride whose shuffled pixels are a gradient by the input.
+
+    That of an input at s·u + r, r < s, is a sum over outputs from u − reach to u + reach: for each r a convolution
+    of its own, which reads the weights s apart. One kernel for all of them is faster than a strided one backwards.
+
+    Args:
+        weight: Filters of the convolution with stride s, shape [O, I, k, k].
+        stride: Its s.
+        padding: Its padding.
+        reach: See `sub_pixel_reach`.
+
+    Returns:
+        Filters of shape [I · s · s, O, 2 · reach + 1, 2 · reach + 1], channels-last, for a padding of `reach`.
+    """
+    outputs, inputs, size, _ = weight.shape
+    taps = 2 * reach + 1
+    first = reach * stride - padding
+    last = taps * stride - size - first
+    spread = F.pad(weight, (first, last, first, last)).view(outputs, inputs, taps, stride, taps, stride)
+    filters = spread.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(-1, outputs, taps, taps)
+    return filters.contiguous(memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ class LeNetConfig(Schema):
     """The LeNet of DLG (Zhu et al., NeurIPS 2019): three 5×5 convolutions, sigmoids, one linear layer."""
 
     channels_last: ClassVar[bool] = True
-    fused_batch: ClassVar[int] = 16
+    fused_batch: ClassVar[int] = 64
     name: Literal["lenet"] = "lenet"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""
@@ -41,7 +41,7 @@ class LeNet4Config(Schema):
     """The LeNet of Soteria (Sun et al., CVPR 2021): as `lenet`, with a fourth convolution of stride 1."""
 
     channels_last: ClassVar[bool] = True
-    fused_batch: ClassVar[int] = 16
+    fused_batch: ClassVar[int] = 64
     name: Literal["lenet4"] = "lenet4"
     init: Initialisation = "default"
     """`default`: PyTorch's; `uniform`: U(−0.5, 0.5) on weights and biases, as in DLG."""

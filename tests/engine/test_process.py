@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 
@@ -14,3 +15,23 @@ def test_kernels_that_change_their_minds_are_refused_only_when_asked(determinist
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(deterministic), ":4096:8" if deterministic else "None"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
+def test_freed_memory_is_used_again() -> None:
+    code = (
+        "import resource, sys, torch; from fedsim.engine.process import start_process\n"
+        "if sys.argv[1:]: start_process([])\n"
+        "for turn in range(30):\n"
+        "    if turn == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    activations = [torch.ones(300_000) for _ in range(10)]; del activations\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+
+    def page_faults(*started: str) -> int:
+        command = [sys.executable, "-c", code, *started]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    pages_of_twenty_turns = 20 * 10 * 4 * 300_000 / 4096
+    assert page_faults() > pages_of_twenty_turns / 2
+    assert page_faults("started") < pages_of_twenty_turns / 100

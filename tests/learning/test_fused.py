@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fedsim.errors import ConfigError
 from fedsim.learning import fused
 from fedsim.learning.batches import ImageStore
-from fedsim.learning.fused import FusedTrainer, check_fusable
+from fedsim.learning.fused import FusedTrainer, check_fusable, sub_pixel_filters, sub_pixel_reach
 from fedsim.learning.models import ConvNet64Config, MLPConfig, Model, build_model
 
 SHAPE = (2, 6, 5)
@@ -22,17 +22,18 @@ def store(images: int = 40) -> ImageStore:
 
 
 class Grouped(nn.Module):
-    """Dilation, groups, no bias, and a layer that is used twice."""
+    """Dilation, groups, no bias, a layer that is used twice, and one whose stride leaves a pixel out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(2, 4, 3, padding=2, dilation=2, groups=2, bias=False)
         self.twice = nn.Conv2d(4, 4, 3, padding=1)
-        self.last = nn.Linear(4 * 6 * 5, 3, bias=False)
+        self.strided = nn.Conv2d(4, 2, 5, padding=2, stride=2)
+        self.last = nn.Linear(2 * 3 * 3, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.twice(torch.relu(self.twice(self.first(x)))))
-        return self.last(x.flatten(1))
+        return self.last(self.strided(x).flatten(1))
 
 
 def models() -> list[Model]:
@@ -64,6 +65,46 @@ def test_each_client_gets_the_gradient_of_its_own_batch(
         (gradient,) = torch.autograd.grad(expected, at)
         assert torch.allclose(row, gradient, atol=1e-6)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stride=st.integers(1, 4),
+    padding=st.integers(0, 4),
+    more=st.integers(0, 3),
+    extents=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_shuffled_pixels_are_the_gradient_by_the_input(
+    stride: int, padding: int, more: int, extents: tuple[int, int], channels: tuple[int, int]
+) -> None:
+    touched = -(-padding // stride)
+    # Every size at which both sides reach equally far and the output has one pixel for each stride of the input.
+    size = touched * stride + padding + 1 + more % (padding + stride - touched * stride)
+    layer = nn.Conv2d(*channels, size, stride, padding)
+    reach = sub_pixel_reach(layer)
+    assert reach == touched
+    x = torch.zeros(2, channels[0], stride * extents[0], stride * extents[1], requires_grad=True)
+    y = layer(x)
+    assert y.shape[2:] == extents
+    slope = torch.randn(y.shape)
+    (expected,) = torch.autograd.grad(y, x, slope)
+    filters = sub_pixel_filters(layer.weight.detach(), stride, padding, reach)
+    assert torch.allclose(F.pixel_shuffle(F.conv2d(slope, filters, padding=reach), stride), expected, atol=1e-5)
+
+
+def test_only_convolutions_that_reach_as_far_to_each_side_have_sub_pixel_filters() -> None:
+    assert sub_pixel_reach(nn.Conv2d(1, 1, 5, stride=2, padding=2)) == 1
+    assert sub_pixel_reach(nn.Conv2d(1, 1, 5, padding=2)) == 2
+    for other in (
+        nn.Conv2d(1, 1, 3, stride=2, padding=1),
+        nn.Conv2d(1, 1, 3),
+        nn.Conv2d(1, 1, 3, padding=1, dilation=2),
+        nn.Conv2d(2, 2, 3, padding=1, groups=2),
+        nn.Conv2d(1, 1, (5, 3), padding=(2, 1)),
+        nn.Conv2d(1, 1, 5, stride=(2, 1), padding=2),
+    ):
+        assert sub_pixel_reach(other) is None
 
 
 def test_what_couples_images_or_is_no_plain_layer_is_refused() -> None:
