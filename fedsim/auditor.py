@@ -1,10 +1,13 @@
 """The audit of one simulation: who is attacked how before which round, and what has been done of it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from fedsim.attacks.strategies import strategies_of
 from fedsim.data.datasets import mean_image
+from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob
 from fedsim.engine.federation import Federation
 from fedsim.engine.lessons import Scope
@@ -32,7 +35,7 @@ class Auditor:
         self.folder, self.reporter = folder, reporter
         self.audits: list[AuditResult] = []
         self.public = prepared.public
-        self._learned: dict[tuple[int, Scope], tuple[Any, str]] = {}
+        self._learned: dict[tuple[int, Scope], tuple[Any, float, str]] = {}
         known = self.config.audit.local_learning_rate == "known"
         self.rate = self.config.federation.learning_rate if known else None
 
@@ -56,9 +59,14 @@ class Auditor:
         if self.rate is None:
             payload = payload.moved(self.config.federation.learning_rate)
         truth = audit.GroundTruth.of(self._images(), victims)
-        for number, adversary, strategy in self._trials():
-            if not self._audited(self.config.attacks[number].title, adversary, strategy, round_):
-                self._attack(number, adversary, strategy, round_, payload, victims, truth)
+        jobs = [
+            self._job(number, adversary, strategy, round_, victims, truth)
+            for number, adversary, strategy in self._trials()
+            if not self._audited(self.config.attacks[number].title, adversary, strategy, round_)
+        ]
+        for at, job in enumerate(jobs):
+            self._learn(jobs[at:], round_)
+            self._attack(job, round_, payload, victims, truth)
 
     def _trials(self) -> list[tuple[int, Adversary, str]]:
         """Return what is tried on the victims of a round: number of the attack, adversary, strategy."""
@@ -72,36 +80,42 @@ class Auditor:
             )
         ]
 
-    def _attack(
+    def _job(
         self,
         number: int,
         adversary: Adversary,
         strategy: str,
         round_: int,
-        payload: Payload,
         victims: tuple[Victim, ...],
         truth: audit.GroundTruth,
-    ) -> None:
-        settings = self.config.attacks[number]
-        job = AttackJob(
+    ) -> AttackJob:
+        return AttackJob(
             attack=number,
             batch_size=truth.labels.shape[1],
-            labels=truth.labels.numpy() if settings.knows_labels else None,
+            labels=truth.labels.numpy() if self.config.attacks[number].knows_labels else None,
             seeds=audit.attack_seeds(self.config, round_, len(victims)),
             local=LocalTraining(victims[0].steps, self.rate),
             adversary=adversary,
             strategy=strategy,
         )
-        learned, report, seconds = self._learn(job, round_)
+
+    def _attack(
+        self, job: AttackJob, round_: int, payload: Payload, victims: tuple[Victim, ...], truth: audit.GroundTruth
+    ) -> None:
+        attack, adversary, strategy = self.config.attacks[job.attack].title, job.adversary, job.strategy
+        learned, seconds, report = self._learned.get(self._lesson(job), (None, 0.0, ""))
         found, seen = self.federation.attack(payload, job, learned)
-        found = replace(found, seconds=found.seconds + seconds)
         at_truth = self.federation.matching_loss(seen, job, truth.images, truth.labels, learned)
+        if learned is not None:
+            # Told by every attack that uses it, paid for by the first.
+            self._learned[self._lesson(job)] = learned, 0.0, report
+            found = replace(found, seconds=found.seconds + seconds)
         result = AuditResult(
-            attack=settings.title,
+            attack=attack,
             adversary=adversary,
             strategy=strategy,
             round=round_,
-            rows=audit.score(truth, found, at_truth, victims, settings.title, adversary, strategy, round_, report),
+            rows=audit.score(truth, found, at_truth, victims, attack, adversary, strategy, round_, report),
             originals=audit.as_bytes(truth.images),
             reconstructions=audit.as_bytes(found.images),
         )
@@ -110,24 +124,29 @@ class Auditor:
             self.folder.save_audit(result)
         self.reporter.note(f"{self.config.name}: {result.describe()}")
 
-    def _learn(self, job: AttackJob, round_: int) -> tuple[Any, str, float]:
-        """Return a reference to what the attack has learned, a line on it, and the seconds that it took.
+    def _lesson(self, job: AttackJob) -> tuple[int, Scope]:
+        """Return what tells lessons apart: adversaries and strategies may share one."""
+        return job.attack, Scope.of(self.config, job)
 
-        What several adversaries or strategies share is learned once, and counts for the first of them; what
-        simulations share is told by the first of them. (None, "", 0) if it learns nothing.
+    def _learn(self, jobs: Sequence[AttackJob], round_: int) -> None:
+        """Let the attack of the first job learn, if it does and has not yet, and some that are next beside it.
+
+        No more than there are workers: who stops a run loses what was learned but not yet used.
         """
-        settings = self.config.attacks[job.attack]
-        if settings.public_source is None:
-            return None, "", 0.0
-        key, seconds = (job.attack, Scope.of(self.config, job)), 0.0
-        if key not in self._learned:
-            images = self.public[settings.public_source]
-            learned, seconds, report = self.federation.learn(job, round_, images)
-            self._learned[key] = learned, report
+        missing: dict[tuple[int, Scope], tuple[AttackJob, PublicImages]] = {}
+        for job in jobs:
+            source, lesson = self.config.attacks[job.attack].public_source, self._lesson(job)
+            if source is not None and lesson not in self._learned:
+                missing.setdefault(lesson, (job, self.public[source]))
+            elif job is jobs[0]:
+                return
+        missing = dict(islice(missing.items(), len(self.federation.runtime.pool.workers)))
+        for lesson, found in zip(missing, self.federation.learn(list(missing.values()), round_), strict=True):
+            self._learned[lesson] = found
+            _, seconds, report = found
             if report and seconds:
-                knew = " ".join(filter(None, (settings.title, key[1].strategy)))
+                knew = " ".join(filter(None, (self.config.attacks[lesson[0]].title, lesson[1].strategy)))
                 self.reporter.note(f"{self.config.name}: {knew}: {report}")
-        return *self._learned[key], seconds
 
     def _audited(self, attack: str, adversary: str, strategy: str, round_: int) -> bool:
         stem = audit_stem(attack, adversary, strategy, round_)

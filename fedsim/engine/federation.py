@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,28 +125,43 @@ class Federation:
         payload: Payload = self._gather("probe", calls, "a probe")[0]
         return payload
 
-    def learn(self, job: AttackJob, round_: int, images: PublicImages) -> tuple[Any, float, str]:
-        """Let the attack of `job` learn from public images at the present weights, once for all its victims.
+    def learn(self, wanted: Sequence[tuple[AttackJob, PublicImages]], round_: int) -> list[tuple[Any, float, str]]:
+        """Let attacks learn from public images at the present weights, side by side, once for all their victims.
 
         What is not learned through the defense is the same under any: it is kept for other simulations.
 
+        Args:
+            wanted: Whose attack learns, and from which images.
+            round_: The round before which it does.
+
         Returns:
-            A reference to what it has learned, for `attack`; the seconds that it took now, 0 if it was kept; and a
-            line on it, or "".
+            For each a reference to what it has learned, for `attack`; the seconds that it took now, 0 if it was
+            kept; and a line on it, or "".
         """
-        shared = not Scope.of(self.spec.config, job).simulates
-        key = shared_key(self.spec.config, self.weights(), images, job, round_)
-        if shared and key in self.runtime.lessons:
-            reference, report = self.runtime.lessons[key]
-            return reference, 0.0, report
-        stored = self.runtime.put(images.fingerprint, images)
-        calls = [(self._handle, self._output.weights, self._output.public, stored, job, round_)]
-        lesson: Lesson = self._gather("learn", calls, "an attack's learning")[0]
-        # Owned by the driver, so that it outlives the worker that made it.
-        reference = ray.put(lesson.learned)
-        if shared:
-            self.runtime.lessons[key] = reference, lesson.report
-        return reference, lesson.seconds, lesson.report
+        kept = self.runtime.lessons
+        keys = [self._shared_key(job, images, round_) for job, images in wanted]
+        learned = {at: (*kept[key], 0.0) for at, key in enumerate(keys) if key in kept}
+        missing = [at for at in range(len(wanted)) if at not in learned]
+        calls = [
+            (self._handle, self._output.weights, self._output.public, self._stored(images), job, round_)
+            for job, images in (wanted[at] for at in missing)
+        ]
+        lessons: list[Lesson] = self._gather("learn", calls, "an attack's learning")
+        for at, lesson in zip(missing, lessons, strict=True):
+            # Owned by the driver, so that it outlives the worker that made it.
+            learned[at] = ray.put(lesson.learned), lesson.report, lesson.seconds
+            if key := keys[at]:
+                kept[key] = learned[at][:2]
+        return [(reference, seconds, report) for _, (reference, report, seconds) in sorted(learned.items())]
+
+    def _shared_key(self, job: AttackJob, images: PublicImages, round_: int) -> str:
+        """Return under what a lesson is kept; "" for one that was learned through the defense."""
+        if Scope.of(self.spec.config, job).simulates:
+            return ""
+        return shared_key(self.spec.config, self.weights(), images, job, round_)
+
+    def _stored(self, images: PublicImages) -> Any:
+        return self.runtime.put(images.fingerprint, images)
 
     def attack(self, payload: Payload, job: AttackJob, learned: Any = None) -> tuple[Reconstruction, Payload]:
         """Attack the victims of `payload`, taken at the present weights, in shards on all workers.

@@ -139,12 +139,12 @@ def test_lessons_are_shared_as_far_as_they_cannot_differ() -> None:
 def test_each_adversary_learns_once_and_shards_change_no_bit(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learned: list[AttackJob] = []
+    learned: list[list[tuple[str, str]]] = []
     once = Federation.learn
 
-    def counted(self: Federation, job: AttackJob, *others: Any) -> Any:
-        learned.append(job)
-        return once(self, job, *others)
+    def counted(self: Federation, wanted: Any, *others: Any) -> Any:
+        learned.append([(job.adversary, job.strategy) for job, _ in wanted])
+        return once(self, wanted, *others)
 
     monkeypatch.setattr(Federation, "learn", counted)
     found = []
@@ -154,7 +154,7 @@ def test_each_adversary_learns_once_and_shards_change_no_bit(
         result = Simulation(config, runtime=runtime).run()
         found.append([(one.adversary, one.strategy, one.reconstructions) for one in result.audits])
     names = [("naive", ""), ("adaptive", "simulated"), ("adaptive", "simulated_average")]
-    assert [(job.adversary, job.strategy) for job in learned] == 2 * names
+    assert learned == 2 * [names[:2], names[2:]], "two workers learn side by side, and none more than once"
     assert [one[:2] for one in found[0]] == names
     for few, many in zip(*found, strict=True):
         assert few[:2] == many[:2] and np.array_equal(few[2], many[2])
