@@ -93,9 +93,9 @@ def test_a_weight_is_chosen_on_public_images_and_told(tmp_path: Path, capsys: py
     tuned = [*command, "attack.tv=[3, 3000]", "attack.tuning_victims=2"]
     assert "attack.public: a payload has no test images" in fails(tuned, capsys)
     assert run([*tuned, "attack.public=digits"]) == 0
-    assert "tv 3 is best on 2 public victims (3: " in capsys.readouterr().out
+    assert "tv 3 chosen on 2 public victims (3: " in capsys.readouterr().out
     saved = json.loads((tmp_path / "attack" / "result.json").read_text())
-    assert saved["learned"].startswith("tv 3 is best")
+    assert saved["learned"].startswith("tv 3 chosen")
     assert run([*command, "attack.tv=3", "name=given"]) == 0
     given = json.loads((tmp_path / "given" / "result.json").read_text())
     for figure in ("PSNR", "loss", "loss_at_truth"):

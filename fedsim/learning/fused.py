@@ -117,7 +117,8 @@ class _ByClient(torch.autograd.Function):
         """Return the output; `weight` is there so that autograd comes back also if the input needs no gradient."""
         ctx.layer = layer
         ctx.save_for_backward(x)
-        return layer.output(x)
+        output: Tensor = layer.plain(x)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
@@ -146,11 +147,6 @@ class _Layer(ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for the images of all clients; differentiable."""
         output: Tensor = _ByClient.apply(self, self.layer.weight, x)
-        return output
-
-    def output(self, x: Tensor) -> Tensor:
-        """Return the output for the images of all clients."""
-        output: Tensor = self.plain(x)
         return output
 
     @abstractmethod

@@ -81,7 +81,7 @@ def test_naive_adversaries_alone_make_no_table(write) -> None:  # type: ignore[n
 
 def test_what_an_attack_had_learned_is_in_the_csv() -> None:
     told = comparison(ROWS)
-    told.images.loc[told.images["strategy"] == "survivors", "learned"] = "tv 30 is best"
+    told.images.loc[told.images["strategy"] == "survivors", "learned"] = "tv 30 chosen"
     frame = pd.read_csv(io.StringIO(adversaries.csv(adversaries.every(told))), keep_default_na=False)
-    expected = ["tv 30 is best" if name == "survivors" else "" for name in frame["strategy"]]
+    expected = ["tv 30 chosen" if name == "survivors" else "" for name in frame["strategy"]]
     assert frame["learned"].tolist() == expected

@@ -144,10 +144,13 @@ def test_a_tuned_attack_is_the_attack_with_that_weight() -> None:
             use(seen)
 
 
-def test_of_equal_weights_the_first_counts_and_all_are_told() -> None:
+def test_a_weight_must_gain_over_those_before_it_and_all_are_told() -> None:
     tuned = Tuned((0.3, 3.0, 30.0), (7.04, 21.96, 21.96), 8)
-    expected = "tv 3 is best on 8 public victims (0.3: 7.0 dB, 3: 22.0 dB, 30: 22.0 dB)"
-    assert tuned.best == 3 and GIAConfig(tv=[0.3, 3, 30]).build().report(tuned) == expected
+    expected = "tv 3 chosen on 8 public victims (0.3: 7.0 dB, 3: 22.0 dB, 30: 22.0 dB)"
+    assert tuned.choice == 3 and GIAConfig(tv=[0.3, 3, 30]).build().report(tuned) == expected
+    assert Tuned((3.0, 30.0), (94.8, 95.2), 8).choice == 3, "half a decibel is chance"
+    assert Tuned((3.0, 30.0), (94.8, 95.4), 8).choice == 30
+    assert Tuned((3.0, 0.3, 30.0), (20.0, 20.4, 20.8), 8).choice == 0.3
 
 
 def test_one_weight_learns_nothing_and_needs_no_public_images() -> None:

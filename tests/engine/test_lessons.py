@@ -218,7 +218,7 @@ def test_weights_are_tuned_once_a_strategy_and_workers_change_no_bit(runtime: Ru
         one = Simulation(config, runtime=runtime).run().audits
     strategies = ["", "simulated", "slices", "denoise", "average", "agreement", "told_slices"]
     assert [audit.strategy for audit in two] == strategies
-    reports = [line.split(": ", 2)[-1] for line in notes.lines if "best on 3 public victims" in line]
+    reports = [line.split(": ", 2)[-1] for line in notes.lines if "chosen on 3 public victims" in line]
     assert len(reports) == len(strategies), "each is tuned once"
     for few, many, report in zip(one, two, reports, strict=True):
         assert np.array_equal(few.reconstructions, many.reconstructions)
