@@ -81,7 +81,7 @@ def test_the_chosen_weight_finds_public_images_best_by_a_computation_of_its_own(
     ]
     assert learned.scores == pytest.approx(scores, abs=0.3), "signs of single pixels may be rounded otherwise"
     assert max(scores) > sorted(scores)[1] + 1, "the choice is clear"
-    assert learned.best == WEIGHTS[scores.index(max(scores))]
+    assert learned.choice == WEIGHTS[scores.index(max(scores))]
 
 
 def test_rehearsed_victims_are_public_images_and_no_image_comes_twice() -> None:
