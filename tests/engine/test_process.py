@@ -19,9 +19,11 @@ def test_kernels_that_change_their_minds_are_refused_only_when_asked(determinist
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
 def test_freed_memory_is_used_again() -> None:
+    # By itself glibc learns from what it sees, differently from run to run: here it starts from its first rule.
     code = (
-        "import resource, sys, torch; from fedsim.engine.process import start_process\n"
-        "if sys.argv[1:]: start_process([])\n"
+        "import ctypes, resource, sys, torch; from fedsim.engine import process\n"
+        "for rule in (process.MMAP_THRESHOLD, process.TRIM_THRESHOLD): ctypes.CDLL(None).mallopt(rule, 2**17)\n"
+        "if sys.argv[1:]: process.start_process([])\n"
         "for turn in range(30):\n"
         "    if turn == 10: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    activations = [torch.ones(300_000) for _ in range(10)]; del activations\n"
