@@ -36,8 +36,8 @@ def start_process(sys_path: Sequence[str], deterministic: bool = False) -> None:
 def keep_freed_memory() -> None:
     """Let glibc use freed memory again instead of giving it back; where there is no glibc, nothing happens.
 
-    Activations come and go with each batch. Given back each time, as by glibc's own rules in some processes and not
-    in others, a megabyte a client has to be asked for anew, page by page: a seventh of the time of a local step.
+    Activations come and go with each batch. Given back each time, as by glibc's own rules in some processes and
+    not in others, a megabyte a client has to be asked for anew, page by page: a seventh of a local step's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
