@@ -26,7 +26,7 @@ def test_one_actor_a_client_is_a_worker_and_a_chunk_for_each() -> None:
 def test_widths_are_those_of_a_run_or_those_given() -> None:
     options = {"clients": [10, 100, 1000], "workers": [1], "weak": 0, "defenses": ["none"]}
     auto = parse_scale(options, {}, "test").cells()
-    assert [(cell.clients_per_chunk, cell.chunks) for cell in auto] == [(2, 8), (4, 32), (16, 64)]
+    assert [(cell.clients_per_chunk, cell.chunks) for cell in auto] == [(2, 8), (13, 8), (16, 64)]
     given = parse_scale({**options, "widths": [4, 200]}, {}, "test").cells()
     assert [cell.clients_per_chunk for cell in given] == [4, 10, 4, 100, 4, 200], (
         "a chunk is no wider than the cohort"
