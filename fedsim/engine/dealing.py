@@ -7,7 +7,7 @@ from fedsim.aggregation.pairwise import Block, power_of_two
 MOST = 16
 """Chunks a block, at most: what a dying worker can take with it."""
 LEAST_CLIENTS = 16
-"""Clients a worker up to which its share is not split further: a call costs half of what a client does, or more."""
+"""Clients a worker up to which its share is not split further: a call costs half a client's time or more."""
 
 
 def split_evenly(clients: tuple[int, ...], width: int) -> list[tuple[int, ...]]:
