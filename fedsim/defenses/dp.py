@@ -104,6 +104,7 @@ def laplace_(uniform: Tensor) -> Tensor:
     Source: inverse of the Laplace distribution function.
     """
     # Uniform draws are multiples of eps/2 from 0: half a step further they are symmetric about 1/2 and never
-    # reach 0 or 1, where the logarithm is infinite.
+    # reach 0 or 1, where the logarithm is infinite. All up to the logarithm is exact on a CPU, so that log
+    # loses nothing to log1p, which takes four times as long.
     centred = uniform.sub_(0.5 - torch.finfo(uniform.dtype).eps / 4)
-    return centred.abs().mul_(-2).log1p_().copysign_(centred)
+    return centred.abs().mul_(-2).add_(1).log_().copysign_(centred)

@@ -46,6 +46,18 @@ def test_laplace_is_the_inverse_distribution_function():
     assert torch.allclose(laplace_(uniform.clone()), expected, atol=1e-12)
 
 
+def test_laplace_in_float32_is_right_to_the_last_digit():
+    uniform = torch.cat(
+        [
+            torch.rand(10_000, generator=torch.Generator().manual_seed(0)),
+            0.5 + torch.arange(-50, 50) * torch.finfo(torch.float32).eps / 2,
+        ]
+    )
+    centred = uniform.double() - 0.5 + torch.finfo(torch.float32).eps / 4
+    expected = torch.from_numpy(stats.laplace.ppf(0.5 + centred.numpy()))
+    assert torch.allclose(laplace_(uniform).double(), expected, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_laplace_is_finite_and_symmetric_at_the_ends_of_the_uniform_range(dtype):
     ends = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2], dtype=dtype)
