@@ -5,7 +5,6 @@
     python -m benchmarks.engine memory [--clients 10 100 1000 10000]
     python -m benchmarks.engine start
     python -m benchmarks.engine whole [--clients 100]
-    python -m benchmarks.engine calls
 
 The workload: the DLG LeNet on 1×28×28, 100 clients with 600 images each, batches of 32, FedAvg; `--steps 0` is one
 local epoch. `rounds` times blocks of each contender in rotation and prints medians over the blocks, with ratios
@@ -13,8 +12,7 @@ taken block by block: machines drift. A peer is any command that runs the same w
 that holds `seconds_per_round_median`: see `benchmarks/peers`, which run in environments of their own. `defenses`
 times rounds with and without a defense in turn. `memory` is what a worker has for itself, after rounds of growing
 size. `start` runs `fedsim run` twice on one tracking database and times the second. `whole` is a run with
-evaluations, checkpoints and MLflow over the sum of its rounds. `calls` is what Ray takes to carry a call that does
-nothing: there, back, and from one call to the next that waits at the same actor. One JSON line each.
+evaluations, checkpoints and MLflow over the sum of its rounds. One JSON line each.
 """
 
 import argparse
@@ -211,35 +209,9 @@ def whole(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-class Clock:
-    """An actor that tells the time, with a sum such as a worker returns."""
-
-    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
-    def now(self, weights: Any) -> tuple[Any, float]:
-        """Return what was sent, and the time, which all processes of a Linux machine share."""
-        return weights, time.perf_counter()
-
-
-def calls(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    weights = np.zeros(sum(p.numel() for p in LeNet().parameters()), np.float32)
-    with Runtime(experiment(1, 1, 1).runtime):
-        clock = ray.remote(Clock).options(num_cpus=0).remote()
-        for pause in (0.0, 0.03):
-            trips = []
-            for _ in range(100):
-                time.sleep(pause)
-                begun = time.perf_counter()
-                first, second = clock.now.remote(weights), clock.now.remote(weights)
-                arrived = ray.get(first[1])
-                ended = time.perf_counter()
-                trips.append((arrived - begun, ended - arrived, ray.get(second[1]) - arrived))
-            there, back, after = (round(1000 * statistics.median(part), 2) for part in zip(*trips, strict=True))
-            yield {"ms_asleep": 1000 * pause, "ms_there": there, "ms_back": back, "ms_to_the_next": after}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("rounds", "defenses", "memory", "start", "whole", "calls"))
+    parser.add_argument("what", choices=("rounds", "defenses", "memory", "start", "whole"))
     parser.add_argument("--clients", type=int, nargs="+", default=[100], help="clients a round")
     parser.add_argument("--steps", type=int, default=1, help="local steps; 0: one epoch")
     parser.add_argument("--workers", type=int, default=2)

@@ -1,0 +1,127 @@
+"""What it takes to carry a round through Ray: two workers that only keep a core busy, and a server that only adds.
+
+    python -m benchmarks.transport [--work 5 30] [--rounds 60] [--blocks 3]
+
+The weights of the DLG LeNet go to the workers, a sum of their size from each to the server, and new weights back.
+Three carriers in turns. `calls`: as in the engine, the driver calls the server when the workers have ended.
+`ahead`: the server's call is made at once, and Ray lets it wait for the workers. `graph`: Ray's compiled graph,
+whose messages go through shared memory; it deals each worker its share once, and ends with the first process that
+dies.
+
+One JSON line for each carrier and each `--work`, the milliseconds that a worker is busy. Medians: until the last
+worker begins; from the last worker's end to the server's begin; from the server's end to the driver; all that the
+round took beyond the work. The last line is the pause between two calls that wait at the same worker.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.dag import InputNode
+
+from benchmarks.engine import experiment
+from benchmarks.peers.workload import LeNet
+from fedsim.engine.runtime import Runtime
+
+Weights = NDArray[np.float32]
+Span = tuple[float, float]
+"""When something began and ended, by a clock that all processes of a Linux machine share."""
+
+
+class Worker:
+    """Keeps a core busy, and returns a sum."""
+
+    def work(self, weights: Weights, seconds: float) -> tuple[Weights, Span]:
+        """Return a copy of the weights, and when this began and ended."""
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            pass
+        return weights.copy(), (began, time.perf_counter())
+
+
+class Server:
+    """Adds."""
+
+    def add(self, *parts: tuple[Weights, Span]) -> tuple[Weights, Span, list[Span]]:
+        """Return the mean, when this began and ended, and when the workers did."""
+        began = time.perf_counter()
+        weights = sum(part for part, _ in parts) / np.float32(len(parts))
+        return weights, (began, time.perf_counter()), [span for _, span in parts]
+
+
+Carrier = Callable[[Weights, float], tuple[Weights, Span, list[Span]]]
+
+
+def by_calls(workers: list[Any], server: Any, ahead: bool) -> Carrier:
+    def carry(weights: Weights, seconds: float) -> Any:
+        sums = [worker.work.remote(weights, seconds) for worker in workers]
+        if not ahead:
+            for reference in sums:
+                ray.wait([reference])
+        return ray.get(server.add.remote(*sums))
+
+    return carry
+
+
+def by_graph(workers: list[Any], server: Any) -> tuple[Carrier, Any]:
+    with InputNode() as given:
+        graph = server.add.bind(*[worker.work.bind(given[0], given[1]) for worker in workers])
+    compiled = graph.experimental_compile()
+    return lambda weights, seconds: ray.get(compiled.execute(weights, seconds)), compiled
+
+
+def trip(carry: Carrier, weights: Weights, seconds: float) -> tuple[float, ...]:
+    """Milliseconds to the workers, to the server, back, and beyond the work."""
+    began = time.perf_counter()
+    _, server, spans = carry(weights, seconds)
+    ended = time.perf_counter()
+    last_begin, last_end = max(begin for begin, _ in spans), max(end for _, end in spans)
+    parts = (last_begin - began, server[0] - last_end, ended - server[1], ended - began - seconds)
+    return tuple(1000 * part for part in parts)
+
+
+def pause(worker: Any, weights: Weights) -> float:
+    """Milliseconds between the end of a call and the begin of one that waited for it."""
+    spans = [ray.get(reference)[1] for reference in [worker.work.remote(weights, 0.005) for _ in range(2)]]
+    return 1000 * (spans[1][0] - spans[0][1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=float, nargs="+", default=[5, 30], help="milliseconds a worker is busy")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds a block")
+    parser.add_argument("--blocks", type=int, default=3)
+    options = parser.parse_args()
+    weights = np.zeros(sum(p.numel() for p in LeNet().parameters()), np.float32)
+    with Runtime(experiment(1, 1, 1).runtime):
+        remote = [ray.remote(kind).options(num_cpus=0).remote() for kind in (Worker, Worker, Server)]
+        workers, server = remote[:2], remote[2]
+        graph, compiled = by_graph(workers, server)
+        carriers = {
+            "calls": by_calls(workers, server, False),
+            "ahead": by_calls(workers, server, True),
+            "graph": graph,
+        }
+        for milliseconds in options.work:
+            trips: dict[str, list[tuple[float, ...]]] = {name: [] for name in carriers}
+            for _ in range(options.blocks):
+                for name, carry in carriers.items():
+                    trips[name] += [trip(carry, weights, milliseconds / 1000) for _ in range(options.rounds)]
+            for name, rows in trips.items():
+                medians = [round(statistics.median(part), 2) for part in zip(*rows, strict=True)]
+                columns = ("ms_to_workers", "ms_to_server", "ms_back", "ms_beyond_the_work")
+                line = {"by": name, "ms_work": milliseconds, **dict(zip(columns, medians, strict=True))}
+                print(json.dumps(line), flush=True)
+        compiled.teardown()
+        pauses = [pause(workers[0], weights) for _ in range(options.rounds)]
+        print(json.dumps({"ms_between_two_calls": round(statistics.median(pauses), 2)}))
+
+
+if __name__ == "__main__":
+    main()
