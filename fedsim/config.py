@@ -100,12 +100,12 @@ class AuditConfig(Schema):
     """Victims attacked as one computation; auto: 4, on a GPU 128. Shards run on the workers side by side."""
 
 
-WITHOUT_EFFECT = ("workers", "gpus_per_worker")
+WITHOUT_EFFECT = ("workers", "gpus_per_worker", "transport")
 """Settings of the runtime that never change a result."""
 
 
 class RuntimeConfig(Schema):
-    """Where the work runs, and in what units; `workers` and `gpus_per_worker` never change a result."""
+    """Where the work runs, and in what units; `workers`, `gpus_per_worker`, `transport` never change a result."""
 
     workers: Literal["auto"] | int = "auto"
     """Worker processes; auto: one a CPU, or `1 / gpus_per_worker` a GPU."""
@@ -123,6 +123,9 @@ class RuntimeConfig(Schema):
     processor has instructions for it (docs/engine.md has both figures)."""
     gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
     """Fraction of a GPU that a worker takes where there are GPUs."""
+    transport: Literal["auto", "calls"] = "auto"
+    """What carries a round between processes; auto: Ray's compiled graph where rounds are short and many, on one
+    node without a GPU (see `engine/circuit.py`), and Ray's calls elsewhere."""
     deterministic: bool = False
     """Only kernels that give the same bits each time: slower on a GPU, and a model that needs others fails."""
 

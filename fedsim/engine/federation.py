@@ -16,6 +16,7 @@ from torch import Tensor
 from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.circuit import BrokenError
 from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.engine.lessons import Lesson, Scope, shared_key
 from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
@@ -34,6 +35,10 @@ SERVER_RESTARTS = 20
 """Times that a simulation survives the death of its parameter server."""
 
 
+Seconds = dict[str, float]
+"""Server time, by what it did."""
+
+
 class Federation:
     """The clients and the server of one simulation."""
 
@@ -49,13 +54,16 @@ class Federation:
 
         Attributes:
             rounds_done: Rounds behind the present weights.
+            rounds_by_graph: Of these, how many Ray's compiled graph carried.
         """
         self.spec, self.runtime, self.rounds_done = spec, runtime, rounds_done
+        self.rounds_by_graph = 0
         self._test_images = len(dataset.test_labels)
         shared = runtime.put(dataset.fingerprint, dataset)
         self._handle = (uuid.uuid4().hex, [ray.put(spec), shared])
         self._faults_before = replace(runtime.pool.faults)
         self._output = self._open(state)
+        self._parameters = len(self.weights())
 
     @property
     def faults(self) -> Faults:
@@ -69,12 +77,12 @@ class Federation:
 
     def weights(self) -> NDArray[np.float32]:
         """Return the global weights, shape [d]."""
-        array: NDArray[np.float32] = ray.get(self._output.weights)
+        array: NDArray[np.float32] = _value(self._output.weights)
         return array
 
     def state(self) -> Arrays:
         """Return all that the server remembers: what a checkpoint must hold."""
-        arrays: Arrays = ray.get(self._output.state)
+        arrays: Arrays = _value(self._output.state)
         return arrays
 
     def run_round(self, round_: int) -> RoundRecord:
@@ -85,24 +93,48 @@ class Federation:
         """
         this = Round(round_, self.spec)
         this.check_quorum([])
+        width = self.spec.config.chunk_width(self.spec.config.federation.clients_per_round, self.runtime.device)
+        tasks = [ChunkTask(round_, part) for part in split_evenly(this.who.clients, width)]
+        reports, server_seconds = self._by_graph(round_, tasks) or self._by_calls(this, tasks, width)
+        return this.record(reports, server_seconds, len(self.runtime.pool.workers))
+
+    def _by_graph(self, round_: int, tasks: list[ChunkTask]) -> tuple[Sequence[ChunkReport], Seconds] | None:
+        """Do a round by the compiled graph; None if that does not pay, or a process died meanwhile."""
+        pool = self.runtime.pool
+        circuit = pool.circuit
+        if not circuit or pool.recovering:
+            return None
+        if not circuit.ready(self._handle, self.spec.config.federation, self._parameters, round_):
+            return None
+        try:
+            output, reports = circuit.run(self._handle[0], self.weights(), _value(self._output.public), tasks)
+        except BrokenError as error:
+            pool.faults.chunks_retried += len(tasks)
+            pool.faults.server_restarts += error.server
+            if error.worker is not None:
+                pool.lost(error.worker)
+            # The server may have finished the round, or be a new one.
+            self._open(self.state())
+            return None
+        self._keep(output)
+        self.rounds_by_graph += 1
+        return reports, output.seconds
+
+    def _by_calls(self, this: Round, tasks: list[ChunkTask], width: int) -> tuple[list[ChunkReport], Seconds]:
+        """Do a round by calls on the pool and the server."""
         for _ in range(TRIES):
-            calls = self._compute(this)
+            calls = self._compute(this, tasks, width)
             reports = [report for call in calls for report in call.value]
             this.check_quorum(reports)
             try:
-                server_seconds = self._finish(round_, reports, calls)
+                return reports, self._finish(this.number, reports, calls)
             except ObjectLostError:
                 # Sums went with their node before the server had them: only the clients can make them again.
                 self.runtime.pool.faults.chunks_retried += len(reports)
-                continue
-            return this.record(reports, server_seconds, len(self.runtime.pool.workers))
-        raise RunError(f"round {round_}: {TRIES} times in a row a node was lost with its clients' updates")
+        raise RunError(f"round {this.number}: {TRIES} times in a row a node was lost with its clients' updates")
 
-    def _compute(self, this: Round) -> list[Call]:
+    def _compute(self, this: Round, tasks: list[ChunkTask], width: int) -> list[Call]:
         """Let the workers train the clients; return the calls that did it: a sum and the chunks' reports each."""
-        config = self.spec.config
-        width = config.chunk_width(config.federation.clients_per_round, self.runtime.device)
-        tasks = [ChunkTask(this.number, part) for part in split_evenly(this.who.clients, width)]
         shared = (self._handle, self._output.weights, self._output.public)
         return self.runtime.pool.deal(
             "run_chunks",
@@ -217,7 +249,7 @@ class Federation:
                     raise RunError(f"the parameter server died and did not come back in {limit:g} s") from None
                 time.sleep(PING_SECONDS)
 
-    def _finish(self, round_: int, reports: list[ChunkReport], calls: list[Call]) -> dict[str, float]:
+    def _finish(self, round_: int, reports: list[ChunkReport], calls: list[Call]) -> Seconds:
         """Let the server finish the round; a server that died is reopened from the round before."""
         client_weights = tuple(weight for report in reports for weight in report.client_weights)
         blocks, sums = tuple(call.block for call in calls), [call.references[0] for call in calls]
@@ -226,14 +258,22 @@ class Federation:
                 self._handle[0], round_, client_weights, blocks, *sums
             )
             try:
-                seconds: dict[str, float] = fetch(references[-1])
+                seconds: Seconds = fetch(references[-1])
             except (RayActorError, SessionLostError):
                 self.runtime.pool.faults.server_restarts += 1
                 if self.faults.server_restarts > SERVER_RESTARTS:
                     raise RunError(f"round {round_}: the parameter server keeps dying") from None
                 self._open(self._output.state)
                 continue
-            # In this order: an interruption in between then leaves a count that fits no history.
-            self.rounds_done += 1
-            self._output = RoundOutput(*references)
+            self._keep(RoundOutput(*references))
             return seconds
+
+    def _keep(self, output: RoundOutput) -> None:
+        # In this order: an interruption in between then leaves a count that fits no history.
+        self.rounds_done += 1
+        self._output = output
+
+
+def _value(item: Any) -> Any:
+    """Return what a round left: calls leave references, the compiled graph leaves the values themselves."""
+    return ray.get(item) if isinstance(item, ray.ObjectRef) else item

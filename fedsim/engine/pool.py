@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.aggregation.pairwise import Block
+from fedsim.engine.circuit import Circuit
 from fedsim.engine.dealing import Dealer
 from fedsim.errors import FedsimError, RunError
 
@@ -73,11 +74,13 @@ class WorkerPool:
         """Use `workers`, actors that Ray restarts when they die.
 
         Attributes:
+            circuit: What may carry short rounds instead of calls, where that can be.
             faults: What went wrong so far.
             recovery_seconds: How long a call of `deal` waits when every worker is away.
             recovering: By number of a worker that is away: the sign of life that it was asked for.
         """
         self.workers, self.recovery_seconds = list(workers), recovery_seconds
+        self.circuit: Circuit | None = None
         self.faults = Faults()
         self.recovering: dict[int, Any] = {}
 
@@ -123,6 +126,11 @@ class WorkerPool:
             FedsimError: What a call itself raised.
         """
         return _Dispatch(self, method, dealer, arguments, describe).run()
+
+    def lost(self, worker: int) -> None:
+        """Count a worker that died, and do without it until it answers again."""
+        self.faults.workers_lost += 1
+        self.recovering[worker] = self.ping(worker)
 
     def ping(self, worker: int) -> Any:
         """Ask a worker for a sign of life; return the reference to its answer."""
@@ -199,8 +207,7 @@ class _Dispatch:
         self.pool.faults.chunks_retried += len(again)
         failures = call.failures
         if worker not in self.recovering:
-            self.pool.faults.workers_lost += 1
-            self.recovering[worker] = self.pool.ping(worker)
+            self.pool.lost(worker)
             failures += at_work
         if failures >= TRIES:
             raise RunError(f"{self.describe(call.block.start)} cost {TRIES} workers in a row and was given up")

@@ -15,6 +15,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
+from fedsim.engine.circuit import Circuit
 from fedsim.engine.lean_node import lean_node
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.scratch import Scratch
@@ -109,6 +110,7 @@ class Runtime:
         """
         self._config = config
         self._actors: list[ActorHandle] = []
+        self._circuit: Circuit | None = None
         wanted = 0 if config.workers == "auto" else config.workers
         self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
@@ -126,6 +128,9 @@ class Runtime:
             self.server = server.remote(paths)
             self._actors += [*workers, self.server]
             self.pool = WorkerPool(workers)
+            alone = sum(node["Alive"] for node in ray.nodes()) == 1
+            if config.transport == "auto" and alone and not gpus:
+                self.pool.circuit = self._circuit = Circuit(workers, self.server)
         except BaseException:
             self.close()
             raise
@@ -151,6 +156,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the actors, and the private Ray if this runtime started one."""
+        if self._circuit:
+            self._circuit.close()
         if self._cluster:
             self._cluster.close()
             return

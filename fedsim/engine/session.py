@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from fedsim.participation import Participation, participation
 from fedsim.randomness import Purpose, numpy_stream, torch_stream
 
 T = TypeVar("T")
+Handle = tuple[str, list[Any]]
+"""A simulation's key, and references to its `SessionSpec` and `Dataset` in a list, so that Ray leaves them be."""
 
 
 @dataclass(frozen=True)

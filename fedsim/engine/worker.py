@@ -12,15 +12,14 @@ from torch import Tensor
 from fedsim.data.public import PublicImages
 from fedsim.engine import chunks, lessons, probes
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
+from fedsim.engine.circuit import Order, Sum
 from fedsim.engine.lessons import Lesson
 from fedsim.engine.process import start_process
-from fedsim.engine.session import Session
+from fedsim.engine.session import Handle, Session
 from fedsim.learning.batches import as_tensor
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
 Array = NDArray[np.float32]
-Handle = tuple[str, list[Any]]
-"""A simulation's key, and references to its `SessionSpec` and `Dataset` in a list, so that Ray leaves them be."""
 
 
 class ClientWorker:
@@ -52,6 +51,22 @@ class ClientWorker:
         session = self._session(handle)
         total, reports = chunks.run_chunks(session, self._tensor(weights), self._tensors(public), tasks, first)
         return total.cpu().numpy(), reports
+
+    def hold(self, handle: Handle) -> None:
+        """Open a simulation, which orders name by its key."""
+        self._session(handle)
+
+    def run_share(self, order: Order, number: int) -> list[Sum]:
+        """Do the share of worker `number` in a round; see `chunks.run_chunks`."""
+        session = self._sessions[order.key]
+        # Copied: they lie in a buffer that the next round overwrites, and a defense may keep them.
+        weights = self._tensor(order.weights).clone()
+        public = {name: tensor.clone() for name, tensor in self._tensors(order.public).items()}
+        sums = []
+        for block, tasks in order.shares[number]:
+            total, reports = chunks.run_chunks(session, weights, public, tasks, block.start)
+            sums.append(Sum(block, total.numpy(), reports))
+        return sums
 
     def probe(
         self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]

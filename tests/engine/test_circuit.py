@@ -1,0 +1,232 @@
+"""Rounds that Ray's compiled graph carries: the bits of those that calls carry, whatever dies meanwhile."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayActorError
+from torch import Tensor
+
+from fedsim.config import ExperimentConfig, FederationConfig
+from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
+from fedsim.defenses.base import ClientContext, Defense, ServerContext
+from fedsim.engine import circuit as circuit_module
+from fedsim.engine.circuit import MOST_IMAGES, MOST_PARAMETERS, Circuit, is_short
+from fedsim.engine.federation import Federation
+from fedsim.engine.runtime import Runtime
+from fedsim.errors import RunError
+from fedsim.preparation import prepare
+from tests.conftest import other_workers, small_experiment
+
+ROUNDS = 6
+STATEFUL: dict[str, Any] = {"server": {"name": "adam"}}
+NORMED = {"name": "custom", "factory": "tests.engine.test_chunks:normed"}
+
+
+def test_a_round_is_short_by_its_images_a_worker_and_its_model() -> None:
+    federation = FederationConfig(clients=200, clients_per_round=128, batch_size=32)
+    assert is_short(federation, MOST_PARAMETERS, 2)
+    assert not is_short(federation, MOST_PARAMETERS + 1, 2)
+    assert 128 * 32 == 2 * MOST_IMAGES and not is_short(federation, 1000, 1)
+    assert not is_short(federation.model_copy(update={"local_steps": 2}), 1000, 2)
+    assert not is_short(federation.model_copy(update={"local_steps": None}), 1000, 2), "epochs"
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset(DigitsConfig())
+
+
+@pytest.fixture
+def own(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Runtime]:
+    """The tests' runtime with workers and a graph of its own, which is compiled for any number of rounds."""
+    monkeypatch.setattr(circuit_module, "LEAST_ROUNDS", 1)
+    with other_workers(runtime, getattr(request, "param", 2)) as pool:
+        pool.circuit = Circuit(pool.workers, runtime.server)
+        yield runtime
+        pool.circuit.close()
+
+
+def run(
+    config: ExperimentConfig, digits: Dataset, runtime: Runtime, before: Callable[[int], Any] = int
+) -> Federation:
+    """Run all rounds, with `before` called before each; the federation is closed but knows how it went."""
+    federation = Federation(prepare(config, digits).spec, digits, runtime)
+    records = []
+    for number in range(config.federation.rounds):
+        before(number)
+        records.append(federation.run_round(number))
+    federation.weights()
+    federation.close()
+    assert [record.clients for record in records] == [config.federation.clients_per_round] * len(records)
+    return federation
+
+
+def by_calls(config: ExperimentConfig, digits: Dataset, runtime: Runtime) -> np.ndarray[Any, Any]:
+    circuit, runtime.pool.circuit = runtime.pool.circuit, None
+    federation = run(config, digits, runtime)
+    runtime.pool.circuit = circuit
+    assert not federation.rounds_by_graph
+    return federation.weights()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("own", [1, 2, 3], indirect=True)
+def test_the_bits_are_those_of_calls(own: Runtime, digits: Dataset) -> None:
+    """For defenses that publish, that compensate and that keep memory, and a model with batch norm."""
+    experiments = [
+        small_experiment(defense={"name": "graddefense"}, federation=STATEFUL),
+        small_experiment(defense={"name": "gc"}, federation={"server": {"name": "sgd", "momentum": 0.9}}),
+        small_experiment(defense={"name": "pld"}, federation={"rounds": 2}),
+        small_experiment(model=NORMED, federation={"rounds": 3, "local_steps": 2}),
+    ]
+    for config in experiments:
+        federation = run(config, digits, own)
+        assert federation.rounds_by_graph == config.federation.rounds
+        assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+class Deadly(Defense):
+    """Kills the process that it is in when a file asks for it, once."""
+
+    refresh_rounds = 1
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
+        self._die("worker")
+        return updates
+
+    def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:
+        self._die("server")
+        return aggregate
+
+    def _die(self, who: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / who).unlink()  # only one process can
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(folder: Path, **settings: Any) -> ExperimentConfig:
+    defense = {"name": "custom", "factory": f"{__name__}:Deadly", "options": {"folder": str(folder)}}
+    return small_experiment(defense=defense, federation={**STATEFUL, **settings})
+
+
+@pytest.mark.ray
+def test_a_round_in_which_the_server_dies_is_done_again(own: Runtime, digits: Dataset, tmp_path: Path) -> None:
+    config = deadly(tmp_path)
+    federation = run(config, digits, own, lambda number: number == 2 and (tmp_path / "server").touch())
+    assert not (tmp_path / "server").exists(), "it did not die"
+    assert (federation.faults.workers_lost, federation.faults.server_restarts) == (0, 1)
+    assert federation.faults.chunks_retried == 8
+    assert federation.rounds_by_graph == ROUNDS - 1
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+def wait_for_all(runtime: Runtime) -> None:
+    """Until those that died are back."""
+    left = [*runtime.pool.workers]
+    while left:
+        with contextlib.suppress(RayActorError):
+            ray.get(left[-1].pid.remote())
+            left.pop()
+    runtime.pool.recovering.clear()
+
+
+@pytest.mark.ray
+def test_after_a_worker_died_in_a_round_the_graph_is_compiled_anew_but_not_forever(
+    own: Runtime, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuit_module, "BREAKS", 2)
+    config = deadly(tmp_path, rounds=8)
+
+    def kill(number: int) -> None:
+        if number % 3 == 0:
+            wait_for_all(own)
+            (tmp_path / "worker").touch()
+
+    federation = run(config, digits, own, kill)
+    # Rounds 0 and 3 end the graph and are done again; in round 6 a worker of calls dies.
+    assert federation.rounds_by_graph == 2
+    assert federation.faults.workers_lost == 3
+    assert federation.faults.chunks_retried > 2 * 8
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+@pytest.mark.ray
+def test_processes_that_die_between_rounds_cost_no_client(own: Runtime, digits: Dataset) -> None:
+    config = small_experiment(defense={"name": "graddefense"}, federation=STATEFUL)
+    actors = {1: own.pool.workers[0], 3: own.server}
+
+    def kill(number: int) -> None:
+        if number in actors:
+            os.kill(ray.get(actors[number].pid.remote()), signal.SIGKILL)
+
+    federation = run(config, digits, own, kill)
+    assert federation.faults.workers_lost == 1
+    assert federation.faults.server_restarts <= 1
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+class Failing(Defense):
+    """Clients send what is not finite, or the code has a bug, from a round on."""
+
+    def __init__(self, bug: bool) -> None:
+        self.bug = bug
+
+    def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
+        if self.bug:
+            raise ZeroDivisionError("a bug")
+        return updates * float("nan")
+
+
+def failing(bug: bool) -> ExperimentConfig:
+    factory = {"factory": f"{__name__}:Failing", "options": {"bug": bug}}
+    return small_experiment(defense={"name": "custom", **factory})
+
+
+@pytest.mark.ray
+def test_errors_are_those_of_calls_and_the_graph_outlives_them(own: Runtime, digits: Dataset) -> None:
+    with pytest.raises(
+        RunError, match=r"round 0: 0 of 9 clients sent a usable update, .*9 sent what is not finite"
+    ):
+        run(failing(bug=False), digits, own)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run(failing(bug=True), digits, own)
+    assert run(small_experiment(), digits, own).rounds_by_graph == ROUNDS
+    assert own.pool.faults.workers_lost == 0
+
+
+class Slow(Defense):
+    """A chunk takes a while."""
+
+    def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
+        time.sleep(0.2)
+        return updates
+
+
+@pytest.mark.ray
+def test_an_interruption_leaves_no_answer_to_be_taken_for_the_next_one(own: Runtime, digits: Dataset) -> None:
+    """Ctrl-C while a round is under way."""
+    config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:Slow"})
+    ctrl_c = Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, digits, own, lambda number: number == 1 and ctrl_c.start())
+    config = small_experiment()
+    federation = run(config, digits, own)
+    assert federation.rounds_by_graph == ROUNDS
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+@pytest.mark.ray
+def test_few_rounds_go_by_calls(runtime: Runtime, digits: Dataset) -> None:
+    assert run(small_experiment(), digits, runtime).rounds_by_graph == 0, "not worth a compilation"
