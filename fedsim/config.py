@@ -124,8 +124,8 @@ class RuntimeConfig(Schema):
     gpus_per_worker: float = Field(default=0.25, gt=0, le=1)
     """Fraction of a GPU that a worker takes where there are GPUs."""
     transport: Literal["auto", "calls"] = "auto"
-    """What carries a round between processes; auto: Ray's compiled graph where rounds are short and many, on one
-    node without a GPU (see `engine/circuit.py`), and Ray's calls elsewhere."""
+    """What carries a round between processes; auto: sockets for small models on one node without a GPU (see
+    `engine/wires.py`), and Ray's calls elsewhere."""
     deterministic: bool = False
     """Only kernels that give the same bits each time: slower on a GPU, and a model that needs others fails."""
 

@@ -253,6 +253,7 @@ def summarize(
     overhead: Overhead | None,
     faults: Faults,
     execution: Execution,
+    transport: str,
 ) -> SimulationResult:
     """Gather what a simulation found into its result."""
     import pandas as pd
@@ -276,6 +277,7 @@ def summarize(
         "faults": {**asdict(faults), "clients_rejected": int(rounds["clients_rejected"].sum())},
         "participation": {n: float(rounds[n].sum()) for n in PARTICIPATION_COLUMNS if n in rounds} or None,
         "execution": execution,
+        "transport": transport,
         "versions": environment.versions(),
         "hardware": environment.hardware(),
         "fingerprint": config.fingerprint(),

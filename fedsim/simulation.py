@@ -248,6 +248,7 @@ class _Run:
             overhead,
             self.federation.faults,
             self.federation.execution,
+            "wires" if self.federation.rounds_by_wire else "calls",
         )
         if self.folder:
             self.folder.save_result(result)

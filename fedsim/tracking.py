@@ -211,7 +211,8 @@ class TrackedRun:
         final |= {f"participation.{name}": total for name, total in (summary.get("participation") or {}).items()}
         final |= {f"faults.{name}": count for name, count in summary["faults"].items()}
         self.metrics(final, summary["rounds"])
-        facts = {f"fedsim.{name}": summary[name] for name in ("execution", "model_sha256") if name in summary}
+        names = ("execution", "transport", "model_sha256")
+        facts = {f"fedsim.{name}": summary[name] for name in names if name in summary}
         facts |= {f"version.{k}": v for k, v in summary["versions"].items()}
         facts |= {f"hardware.{k}": v for k, v in summary["hardware"].items()}
         self.tags(facts)

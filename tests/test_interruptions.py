@@ -119,6 +119,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
 ) -> None:
     """Killed while the workers start, after the first checkpoint, and once more further on."""
     whole = Simulation(experiment(), dataset=digits, runtime=runtime).run()
+    assert whole.summary["transport"] == "wires"
     folder = sandbox.path / "out/small"
     (sandbox.path / "tmp").mkdir()
 

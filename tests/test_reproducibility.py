@@ -1,8 +1,8 @@
 """The final weights are the same bits, whatever happens on the way."""
 
 import errno
+import itertools
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -13,13 +13,14 @@ import pytest
 import ray
 from torch import Tensor
 
+from fedsim.aggregation.pairwise import Block
 from fedsim.catalogue import members
 from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.defenses import DefenseConfig
 from fedsim.defenses.base import ClientContext, Defense
 from fedsim.defenses.graddefense import GradDefenseConfig
-from fedsim.engine import pool
+from fedsim.engine import pool, wires
 from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
@@ -71,20 +72,24 @@ def test_for_any_number_of_workers(
     assert found == reference
 
 
-def dawdling() -> Defense:
-    """GradDefense on clients that take as long as it happens: chunks end in another order each time."""
+def dawdling(slow: int) -> Defense:
+    """GradDefense in workers that take turns to be slow, a round each: first process `slow`, then the others."""
     defense = GradDefenseConfig().build()
     protect: Callable[[Tensor, ClientContext], Tensor] = defense.protect  # type: ignore[assignment]
+    chunks = itertools.count()
 
     def slowly(updates: Tensor, context: ClientContext) -> Tensor:
-        time.sleep(0.1 * random.random())
+        round_ = next(chunks) // 4  # each of two workers does half of eight
+        time.sleep(0.1 * ((round_ % 2 == 0) == (os.getpid() == slow)))
         return protect(updates, context)
 
     defense.protect = slowly  # type: ignore[method-assign]
     return defense
 
 
+@pytest.mark.parametrize("transport", ["wires", "calls"])
 def test_for_chunks_that_end_in_any_order(
+    transport: str,
     runtime: Runtime,
     digits: Dataset,
     reference: dict[tuple[str, str], str],
@@ -92,20 +97,29 @@ def test_for_chunks_that_end_in_any_order(
 ) -> None:
     orders = []
 
-    def noting(self: Any) -> Any:
-        call = plain(self)
+    def noting_call(self: Any) -> Any:
+        call = plain_next(self)
         if call and self.method == "run_chunks":
             orders.append(call.block.start)
         return call
 
-    plain = pool._Dispatch._next
-    monkeypatch.setattr(pool._Dispatch, "_next", noting)
-    config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:dawdling"})
+    def noting_answer(block: Block, value: Any) -> Any:
+        orders.append(block.start)
+        return plain_answer(block, value)
+
+    plain_next, plain_answer = pool._Dispatch._next, wires.Answer
+    monkeypatch.setattr(pool._Dispatch, "_next", noting_call)
+    monkeypatch.setattr(wires, "Answer", noting_answer)
+    if transport == "calls":
+        monkeypatch.setattr(runtime.pool, "wires", None)
+    options = {"slow": ray.get(runtime.pool.workers[0].pid.remote())}
+    config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:dawdling", "options": options})
     result = Simulation(config, runtime=runtime, dataset=digits).run()
+    assert result.summary["transport"] == transport
     assert sha(result) == reference["graddefense", "sgd"]
     width = len(orders) // 6
     rounds = [orders[at : at + width] for at in range(0, len(orders), width)]
-    assert len(rounds) == 6 and len({tuple(order) for order in rounds}) > 1
+    assert len(rounds) == 6 and len({tuple(order) for order in rounds}) > 1, rounds
 
 
 class Stop(Reporter):

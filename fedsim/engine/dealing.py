@@ -32,21 +32,6 @@ def call_count(chunks: int, width: int, workers: int) -> int:
     return sum(1 for _ in iter(lambda: dealer.next(workers), None))
 
 
-def even_shares(chunks: int, workers: int) -> list[list[Block]]:
-    """Give each worker neighbouring chunks, equally many but for one, as nodes of the tree."""
-    bounds = [number * chunks // workers for number in range(workers + 1)]
-    return [_nodes(start, stop) for start, stop in pairwise(bounds)]
-
-
-def _nodes(start: int, stop: int) -> list[Block]:
-    blocks = []
-    while start < stop:
-        size = power_of_two(stop - start)
-        blocks.append(Block(start, min(size, start & -start or size)))
-        start += blocks[-1].size
-    return blocks
-
-
 class Dealer:
     """Deals the numbers 0 … n − 1 in blocks that are nodes of a binary tree, to whoever is free.
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
 from torch import Tensor
 
+from fedsim.aggregation.pairwise import Block
 from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
-from fedsim.engine.circuit import BrokenError
 from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.engine.lessons import Lesson, Scope, shared_key
 from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
@@ -24,6 +24,7 @@ from fedsim.engine.rounds import Round, RoundRecord
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
+from fedsim.engine.wires import LostError
 from fedsim.errors import RunError
 from fedsim.learning.execution import Execution
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
@@ -54,10 +55,10 @@ class Federation:
 
         Attributes:
             rounds_done: Rounds behind the present weights.
-            rounds_by_graph: Of these, how many Ray's compiled graph carried.
+            rounds_by_wire: Rounds that wires carried.
         """
         self.spec, self.runtime, self.rounds_done = spec, runtime, rounds_done
-        self.rounds_by_graph = 0
+        self.rounds_by_wire = 0
         self._test_images = len(dataset.test_labels)
         shared = runtime.put(dataset.fingerprint, dataset)
         self._handle = (uuid.uuid4().hex, [ray.put(spec), shared])
@@ -95,29 +96,37 @@ class Federation:
         this.check_quorum([])
         width = self.spec.config.chunk_width(self.spec.config.federation.clients_per_round, self.runtime.device)
         tasks = [ChunkTask(round_, part) for part in split_evenly(this.who.clients, width)]
-        reports, server_seconds = self._by_graph(round_, tasks) or self._by_calls(this, tasks, width)
+        reports, server_seconds = self._by_wire(this, tasks, width) or self._by_calls(this, tasks, width)
         return this.record(reports, server_seconds, len(self.runtime.pool.workers))
 
-    def _by_graph(self, round_: int, tasks: list[ChunkTask]) -> tuple[Sequence[ChunkReport], Seconds] | None:
-        """Do a round by the compiled graph; None if that does not pay, or a process died meanwhile."""
+    def _by_wire(
+        self, this: Round, tasks: list[ChunkTask], width: int
+    ) -> tuple[list[ChunkReport], Seconds] | None:
+        """Do a round by wires; None if there are none for this simulation, or a process died meanwhile."""
         pool = self.runtime.pool
-        circuit = pool.circuit
-        if not circuit or pool.recovering:
+        wires = pool.wires
+        if not wires or pool.recovering or not wires.ready(self._handle, self._parameters):
             return None
-        if not circuit.ready(self._handle, self.spec.config.federation, self._parameters, round_):
-            return None
+        key = self._handle[0]
+        shared: tuple[Any, ...] = ((key, []), self.weights(), _value(self._output.public))
         try:
-            output, reports = circuit.run(self._handle[0], self.weights(), _value(self._output.public), tasks)
-        except BrokenError as error:
+            answers = wires.deal(
+                "run_chunks", Dealer(len(tasks), width), lambda block: (*shared, *_part(tasks, block))
+            )
+            reports = [report for answer in answers for report in answer.value[1]]
+            this.check_quorum(reports)
+            blocks, sums = tuple(answer.block for answer in answers), [answer.value[0] for answer in answers]
+            output = wires.server("finish_round", key, this.number, _client_weights(reports), blocks, *sums)
+        except LostError as error:
             pool.faults.chunks_retried += len(tasks)
-            pool.faults.server_restarts += error.server
-            if error.worker is not None:
+            if error.worker is None:
+                pool.faults.server_restarts += 1
+                self._open(self.state())  # it may have finished the round, if it is there at all
+            else:
                 pool.lost(error.worker)
-            # The server may have finished the round, or be a new one.
-            self._open(self.state())
             return None
         self._keep(output)
-        self.rounds_by_graph += 1
+        self.rounds_by_wire += 1
         return reports, output.seconds
 
     def _by_calls(self, this: Round, tasks: list[ChunkTask], width: int) -> tuple[list[ChunkReport], Seconds]:
@@ -139,7 +148,7 @@ class Federation:
         return self.runtime.pool.deal(
             "run_chunks",
             Dealer(len(tasks), width),
-            lambda block: (*shared, tuple(tasks[block.start : block.start + block.size]), block.start),
+            lambda block: (*shared, *_part(tasks, block)),
             lambda index: f"round {this.number}: the chunk of clients {list(tasks[index].clients)}",
         )
 
@@ -251,7 +260,7 @@ class Federation:
 
     def _finish(self, round_: int, reports: list[ChunkReport], calls: list[Call]) -> Seconds:
         """Let the server finish the round; a server that died is reopened from the round before."""
-        client_weights = tuple(weight for report in reports for weight in report.client_weights)
+        client_weights = _client_weights(reports)
         blocks, sums = tuple(call.block for call in calls), [call.references[0] for call in calls]
         while True:
             references = self.runtime.server.finish_round.remote(
@@ -274,6 +283,15 @@ class Federation:
         self._output = output
 
 
+def _part(tasks: list[ChunkTask], block: Block) -> tuple[tuple[ChunkTask, ...], int]:
+    """Return the chunks of a block, and the number of the first."""
+    return tuple(tasks[block.start : block.start + block.size]), block.start
+
+
+def _client_weights(reports: Sequence[ChunkReport]) -> tuple[float, ...]:
+    return tuple(weight for report in reports for weight in report.client_weights)
+
+
 def _value(item: Any) -> Any:
-    """Return what a round left: calls leave references, the compiled graph leaves the values themselves."""
+    """Return what a round left: calls leave references, wires the values themselves."""
     return ray.get(item) if isinstance(item, ray.ObjectRef) else item

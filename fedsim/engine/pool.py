@@ -11,8 +11,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.aggregation.pairwise import Block
-from fedsim.engine.circuit import Circuit
 from fedsim.engine.dealing import Dealer
+from fedsim.engine.wires import Wires
 from fedsim.errors import FedsimError, RunError
 
 IN_FLIGHT = 2
@@ -70,17 +70,22 @@ def fetch(reference: Any) -> Any:
 class WorkerPool:
     """Sends calls to whichever worker is free and hands the results back in order."""
 
-    def __init__(self, workers: Sequence[ActorHandle], recovery_seconds: float = RECOVERY_SECONDS) -> None:
+    def __init__(
+        self,
+        workers: Sequence[ActorHandle],
+        wires: Wires | None = None,
+        recovery_seconds: float = RECOVERY_SECONDS,
+    ) -> None:
         """Use `workers`, actors that Ray restarts when they die.
 
         Attributes:
-            circuit: What may carry short rounds instead of calls, where that can be.
+            wires: What carries rounds of small models instead of calls, where that can be.
             faults: What went wrong so far.
             recovery_seconds: How long a call of `deal` waits when every worker is away.
             recovering: By number of a worker that is away: the sign of life that it was asked for.
         """
         self.workers, self.recovery_seconds = list(workers), recovery_seconds
-        self.circuit: Circuit | None = None
+        self.wires = wires
         self.faults = Faults()
         self.recovering: dict[int, Any] = {}
 

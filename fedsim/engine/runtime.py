@@ -15,11 +15,11 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedsim.config import RuntimeConfig
-from fedsim.engine.circuit import Circuit
 from fedsim.engine.lean_node import lean_node
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.scratch import Scratch
 from fedsim.engine.server import ParameterServer
+from fedsim.engine.wires import Wires
 from fedsim.engine.worker import ClientWorker
 from fedsim.errors import ConfigError
 from fedsim.reachable import check_reachable
@@ -110,7 +110,6 @@ class Runtime:
         """
         self._config = config
         self._actors: list[ActorHandle] = []
-        self._circuit: Circuit | None = None
         wanted = 0 if config.workers == "auto" else config.workers
         self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
@@ -127,10 +126,9 @@ class Runtime:
             workers = [worker.remote(paths, config.deterministic) for _ in range(count)]
             self.server = server.remote(paths)
             self._actors += [*workers, self.server]
-            self.pool = WorkerPool(workers)
             alone = sum(node["Alive"] for node in ray.nodes()) == 1
-            if config.transport == "auto" and alone and not gpus:
-                self.pool.circuit = self._circuit = Circuit(workers, self.server)
+            wired = config.transport == "auto" and alone and not gpus
+            self.pool = WorkerPool(workers, Wires(workers, self.server) if wired else None)
         except BaseException:
             self.close()
             raise
@@ -156,8 +154,6 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the actors, and the private Ray if this runtime started one."""
-        if self._circuit:
-            self._circuit.close()
         if self._cluster:
             self._cluster.close()
             return

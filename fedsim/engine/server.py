@@ -16,11 +16,9 @@ from fedsim.aggregation.pairwise import Block, PairwiseSum
 from fedsim.aggregation.plain import PlainAggregation
 from fedsim.data.datasets import Dataset
 from fedsim.defenses.base import PublicContext, ServerContext
-from fedsim.engine.chunks import ChunkReport
-from fedsim.engine.circuit import Order, Sum
 from fedsim.engine.process import start_process
-from fedsim.engine.rounds import Round
 from fedsim.engine.session import Handle, SessionSpec
+from fedsim.engine.wires import Answering
 from fedsim.errors import RunError
 from fedsim.learning import batch_norm
 from fedsim.learning.batches import ImageStore, as_tensor
@@ -147,7 +145,7 @@ class SessionLostError(RunError):
     """The parameter-server process was restarted and no longer holds the simulation."""
 
 
-class ParameterServer:
+class ParameterServer(Answering):
     """Holds the server's half of every open simulation."""
 
     def __init__(self, sys_path: list[str]) -> None:
@@ -188,20 +186,6 @@ class ParameterServer:
         if key not in self._sessions:
             raise SessionLostError(f"the parameter server does not hold simulation {key}")
         return self._sessions[key].finish(round_, client_weights, blocks, partials)
-
-    def finish_shares(self, order: Order, *shares: list[Sum]) -> tuple[RoundOutput, tuple[ChunkReport, ...]]:
-        """Finish a round of which each worker did a share; see `ServerSession.finish`.
-
-        Raises:
-            RunError: If too few clients sent a usable update.
-        """
-        session = self._sessions[order.key]
-        sums = [one for share in shares for one in share]
-        reports = tuple(report for one in sums for report in one.reports)
-        Round(order.round, session.spec).check_quorum(reports)
-        client_weights = tuple(weight for report in reports for weight in report.client_weights)
-        blocks, totals = tuple(one.block for one in sums), tuple(one.total for one in sums)
-        return session.finish(order.round, client_weights, blocks, totals), reports
 
     def close(self, key: str) -> None:
         """Drop a simulation."""

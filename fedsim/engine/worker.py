@@ -12,17 +12,17 @@ from torch import Tensor
 from fedsim.data.public import PublicImages
 from fedsim.engine import chunks, lessons, probes
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
-from fedsim.engine.circuit import Order, Sum
 from fedsim.engine.lessons import Lesson
 from fedsim.engine.process import start_process
 from fedsim.engine.session import Handle, Session
+from fedsim.engine.wires import Answering
 from fedsim.learning.batches import as_tensor
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
 
 Array = NDArray[np.float32]
 
 
-class ClientWorker:
+class ClientWorker(Answering):
     """Hosts clients: trains, protects and sums them; also evaluates, probes and attacks."""
 
     def __init__(self, sys_path: list[str], deterministic: bool = False) -> None:
@@ -53,20 +53,8 @@ class ClientWorker:
         return total.cpu().numpy(), reports
 
     def hold(self, handle: Handle) -> None:
-        """Open a simulation, which orders name by its key."""
+        """Open a simulation; through a wire, which carries no references, only its key comes."""
         self._session(handle)
-
-    def run_share(self, order: Order, number: int) -> list[Sum]:
-        """Do the share of worker `number` in a round; see `chunks.run_chunks`."""
-        session = self._sessions[order.key]
-        # Copied: they lie in a buffer that the next round overwrites, and a defense may keep them.
-        weights = self._tensor(order.weights).clone()
-        public = {name: tensor.clone() for name, tensor in self._tensors(order.public).items()}
-        sums = []
-        for block, tasks in order.shares[number]:
-            total, reports = chunks.run_chunks(session, weights, public, tasks, block.start)
-            sums.append(Sum(block, total.numpy(), reports))
-        return sums
 
     def probe(
         self, handle: Handle, weights: Array, public: dict[str, Any], round_: int, victims: tuple[Victim, ...]

@@ -18,6 +18,7 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.rounds import RoundRecord
 from fedsim.engine.runtime import Cluster, Runtime, local_cpus
+from fedsim.engine.wires import Wires
 from fedsim.scale.grid import Cell, Workload, describe
 from fedsim.scale.load import CpuTimes
 from fedsim.scale.nodes import LocalNodes
@@ -64,7 +65,8 @@ class Pool:
     def first(self, count: int) -> Runtime:
         """Return the runtime with the first `count` workers only."""
         part = copy.copy(self.runtime)
-        part.pool = WorkerPool([worker for worker, _ in self._ordered[:count]])
+        workers = [worker for worker, _ in self._ordered[:count]]
+        part.pool = WorkerPool(workers, Wires(workers, part.server) if self.runtime.pool.wires else None)
         return part
 
     def nodes(self, count: int) -> int:
