@@ -3,39 +3,48 @@
     python -m benchmarks.transport [--work 5 30] [--rounds 60] [--blocks 3]
 
 The weights of the DLG LeNet go to the workers, a sum of their size from each to the server, and new weights back.
-Three carriers in turns. `calls`: as in the engine, the driver calls the server when the workers have ended.
-`ahead`: the server's call is made at once, and Ray lets it wait for the workers. `graph`: Ray's compiled graph,
-whose messages go through shared memory; it deals each worker its share once, and ends with the first process that
-dies.
+Three carriers. `calls`: Ray's, as the engine makes them on a cluster. `wires`: the engine's sockets, by which the
+driver talks to processes on its own machine; these two in turns. `graph`: Ray's compiled graph, whose messages go
+through shared memory; last, because its processes do not sleep while they wait. It deals each worker its share
+once, and ends with the first process that dies.
 
 One JSON line for each carrier and each `--work`, the milliseconds that a worker is busy. Medians: until the last
 worker begins; from the last worker's end to the server's begin; from the server's end to the driver; all that the
-round took beyond the work. The last line is the pause between two calls that wait at the same worker.
+round took beyond the work. Then the pause between two calls that wait at the same worker, and how busy a process
+is that waits, in percent of a core.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from numpy.typing import NDArray
 from ray.dag import InputNode
 
 from benchmarks.engine import experiment
 from benchmarks.peers.workload import LeNet
+from fedsim.engine.dealing import LEAST_CLIENTS, Dealer
 from fedsim.engine.runtime import Runtime
+from fedsim.engine.wires import Answering, Wires
 
 Weights = NDArray[np.float32]
 Span = tuple[float, float]
 """When something began and ended, by a clock that all processes of a Linux machine share."""
 
 
-class Worker:
+class Worker(Answering):
     """Keeps a core busy, and returns a sum."""
+
+    def pid(self) -> int:
+        """Return this process's id."""
+        return os.getpid()
 
     def work(self, weights: Weights, seconds: float) -> tuple[Weights, Span]:
         """Return a copy of the weights, and when this began and ended."""
@@ -45,7 +54,7 @@ class Worker:
         return weights.copy(), (began, time.perf_counter())
 
 
-class Server:
+class Server(Answering):
     """Adds."""
 
     def add(self, *parts: tuple[Weights, Span]) -> tuple[Weights, Span, list[Span]]:
@@ -58,13 +67,20 @@ class Server:
 Carrier = Callable[[Weights, float], tuple[Weights, Span, list[Span]]]
 
 
-def by_calls(workers: list[Any], server: Any, ahead: bool) -> Carrier:
+def by_calls(workers: list[Any], server: Any) -> Carrier:
     def carry(weights: Weights, seconds: float) -> Any:
         sums = [worker.work.remote(weights, seconds) for worker in workers]
-        if not ahead:
-            for reference in sums:
-                ray.wait([reference])
+        for reference in sums:
+            ray.wait([reference])
         return ray.get(server.add.remote(*sums))
+
+    return carry
+
+
+def by_wires(wires: Wires) -> Carrier:
+    def carry(weights: Weights, seconds: float) -> Any:
+        answers = wires.deal("work", Dealer(2, LEAST_CLIENTS), lambda block: (weights, seconds))
+        return wires.server("add", *(answer.value for answer in answers))
 
     return carry
 
@@ -92,6 +108,27 @@ def pause(worker: Any, weights: Weights) -> float:
     return 1000 * (spans[1][0] - spans[0][1])
 
 
+def busy(pid: int, seconds: float = 3.0) -> float:
+    """Percent of a core that a process takes."""
+    process = psutil.Process(pid)
+    before = sum(process.cpu_times()[:2])
+    time.sleep(seconds)
+    return 100 * (sum(process.cpu_times()[:2]) - before) / seconds
+
+
+def measure(carriers: dict[str, Carrier], weights: Weights, options: argparse.Namespace) -> None:
+    for milliseconds in options.work:
+        trips: dict[str, list[tuple[float, ...]]] = {name: [] for name in carriers}
+        for _ in range(options.blocks):
+            for name, carry in carriers.items():
+                trips[name] += [trip(carry, weights, milliseconds / 1000) for _ in range(options.rounds)]
+        for name, rows in trips.items():
+            medians = [round(statistics.median(part), 2) for part in zip(*rows, strict=True)]
+            columns = ("ms_to_workers", "ms_to_server", "ms_back", "ms_beyond_the_work")
+            row = {"by": name, "ms_work": milliseconds, **dict(zip(columns, medians, strict=True))}
+            print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=float, nargs="+", default=[5, 30], help="milliseconds a worker is busy")
@@ -102,25 +139,18 @@ def main() -> None:
     with Runtime(experiment(1, 1, 1).runtime):
         remote = [ray.remote(kind).options(num_cpus=0).remote() for kind in (Worker, Worker, Server)]
         workers, server = remote[:2], remote[2]
+        wires = Wires(workers, server)
+        wires.connect()
+        measure({"calls": by_calls(workers, server), "wires": by_wires(wires)}, weights, options)
+        pid = ray.get(workers[0].pid.remote())
+        waiting = {"percent_busy_wires": busy(pid)}
+        waiting["ms_between_two_calls"] = statistics.median(pause(workers[0], weights) for _ in range(60))
+        wires.close()
         graph, compiled = by_graph(workers, server)
-        carriers = {
-            "calls": by_calls(workers, server, False),
-            "ahead": by_calls(workers, server, True),
-            "graph": graph,
-        }
-        for milliseconds in options.work:
-            trips: dict[str, list[tuple[float, ...]]] = {name: [] for name in carriers}
-            for _ in range(options.blocks):
-                for name, carry in carriers.items():
-                    trips[name] += [trip(carry, weights, milliseconds / 1000) for _ in range(options.rounds)]
-            for name, rows in trips.items():
-                medians = [round(statistics.median(part), 2) for part in zip(*rows, strict=True)]
-                columns = ("ms_to_workers", "ms_to_server", "ms_back", "ms_beyond_the_work")
-                line = {"by": name, "ms_work": milliseconds, **dict(zip(columns, medians, strict=True))}
-                print(json.dumps(line), flush=True)
+        waiting["percent_busy_graph"] = busy(pid)
+        measure({"graph": graph}, weights, options)
         compiled.teardown()
-        pauses = [pause(workers[0], weights) for _ in range(options.rounds)]
-        print(json.dumps({"ms_between_two_calls": round(statistics.median(pauses), 2)}))
+        print(json.dumps({name: round(value, 2) for name, value in waiting.items()}))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Wires:
             return False
         try:
             if not self._ends:
-                self._connect()
+                self.connect()
             if handle[0] not in self._held:
                 ray.get([worker.hold.remote(handle) for worker in self._actors[:-1]])
                 self._held.add(handle[0])
@@ -108,7 +108,12 @@ class Wires:
             return False
         return True
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
+        """Connect to all of them.
+
+        Raises:
+            RayActorError: If one is dead.
+        """
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.
         with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
