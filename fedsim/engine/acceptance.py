@@ -38,7 +38,7 @@ def judge(protected: Tensor | Sequence[Tensor], statistics: Tensor, dimension: i
         RunError: If there is not one update a client.
     """
     updates, reasons = as_rows(protected, statistics, dimension)
-    rows = torch.cat([updates, statistics], dim=1)
+    rows = torch.cat([updates, statistics], dim=1) if statistics.shape[1] else updates
     # No sum is finite of numbers that are not: one sum a client spares nearly every round the closer look.
     mask = rows.sum(dim=1).isfinite()
     if reasons or not bool(mask.all()):
