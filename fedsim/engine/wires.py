@@ -6,6 +6,7 @@ have slept a call through Ray takes 1 to 5 ms, a message through a socket less t
 dies, the round is done again by calls.
 """
 
+import logging
 import secrets
 import tempfile
 import threading
@@ -25,6 +26,8 @@ from fedsim.aggregation.pairwise import Block
 from fedsim.engine.dealing import Dealer
 from fedsim.engine.session import Handle
 from fedsim.errors import FedsimError
+
+log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 2**18
 """Of a model whose weights go through a socket, a megabyte; larger ones Ray puts into shared memory once."""
@@ -92,19 +95,26 @@ class Wires:
         self._actors = [*workers, server]
         self._ends: list[Connection] = []
         self._held: set[str] = set()
+        self._refused = False
 
     def ready(self, handle: Handle, parameters: int) -> bool:
         """Return whether rounds of a simulation can go this way, its model having so many parameters."""
-        if parameters > MOST_PARAMETERS:
+        if self._refused or parameters > MOST_PARAMETERS:
             return False
         try:
-            if not self._ends:
-                self.connect()
             if handle[0] not in self._held:
                 ray.get([worker.hold.remote(handle) for worker in self._actors[:-1]])
                 self._held.add(handle[0])
-        except (RayActorError, OSError):  # calls will find out who it was
+            if not self._ends:
+                self.connect()
+        except RayActorError:  # calls will find out who it was
             self.close()
+            return False
+        except OSError as error:
+            log.warning(
+                "rounds go by Ray's calls, because sockets do not work here: %s", str(error).splitlines()[-1]
+            )
+            self._refused = True
             return False
         return True
 
@@ -113,6 +123,7 @@ class Wires:
 
         Raises:
             RayActorError: If one is dead.
+            OSError: If sockets do not work here.
         """
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -224,6 +225,23 @@ def test_large_models_go_by_calls(own: Runtime, digits: Dataset, monkeypatch: py
     for most, by_wire in ((size, 1), (size - 1, 0)):
         monkeypatch.setattr(wires_module, "MOST_PARAMETERS", most)
         assert run(config, digits, own).rounds_by_wire == by_wire
+
+
+@pytest.mark.ray
+def test_where_sockets_do_not_work_rounds_go_by_calls(
+    own: Runtime,
+    digits: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    deep = tmp_path / ("long" * 50)  # a socket's path has a hundred letters at most
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    assert run(small_experiment(federation={"rounds": 2}), digits, own).rounds_by_wire == 0
+    assert (
+        len(caplog.messages) == 1 and "sockets do not work here" in caplog.text and "\n" not in caplog.messages[0]
+    )
 
 
 @pytest.mark.ray
