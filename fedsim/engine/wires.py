@@ -7,6 +7,7 @@ dies, the round is done again by calls.
 """
 
 import logging
+import pickle
 import secrets
 import tempfile
 import threading
@@ -83,8 +84,18 @@ def _outcome(method: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
     except FedsimError as error:
         return None, error
     except Exception as error:
-        error.add_note(f"where it was raised:\n{traceback.format_exc()}")
-        return None, error
+        portable = _portable(error)
+        portable.add_note(f"where it was raised:\n{traceback.format_exc()}")
+        return None, portable
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that another process can read: not every user's class can."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Wires:

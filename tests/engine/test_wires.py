@@ -168,31 +168,41 @@ def test_processes_that_die_between_rounds_cost_no_client(own: Runtime, digits: 
     assert np.array_equal(federation.weights(), by_calls(config, digits, own))
 
 
-class Failing(Defense):
-    """Clients send what is not finite, or the code has a bug, from a round on."""
+class OddError(Exception):
+    """Cannot be read back from its pickle."""
 
-    def __init__(self, bug: bool) -> None:
+    def __init__(self, what: str, number: int) -> None:
+        super().__init__(f"{what} {number}")
+
+
+class Failing(Defense):
+    """Clients send what is not finite, or the code has a bug."""
+
+    def __init__(self, bug: str) -> None:
         self.bug = bug
 
     def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
-        if self.bug:
+        if self.bug == "plain":
             raise ZeroDivisionError("a bug")
+        if self.bug == "odd":
+            raise OddError("bug", 2)
         return updates * float("nan")
 
 
-def failing(bug: bool) -> ExperimentConfig:
+def failing(bug: str) -> ExperimentConfig:
     factory = {"factory": f"{__name__}:Failing", "options": {"bug": bug}}
     return small_experiment(defense={"name": "custom", **factory})
 
 
 @pytest.mark.ray
 def test_errors_are_those_of_calls_and_the_wires_outlive_them(own: Runtime, digits: Dataset) -> None:
-    with pytest.raises(
-        RunError, match=r"round 0: 0 of 9 clients sent a usable update, .*9 sent what is not finite"
-    ):
-        run(failing(bug=False), digits, own)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        run(failing(bug=True), digits, own)
+    with pytest.raises(RunError, match=r"round 0: 0 of 9 clients sent a usable update, .*9 sent what is not"):
+        run(failing(""), digits, own)
+    with pytest.raises(ZeroDivisionError, match="a bug") as caught:
+        run(failing("plain"), digits, own)
+    assert "in protect" in caught.value.__notes__[0], "where it was raised"
+    with pytest.raises(RuntimeError, match="OddError: bug 2"):
+        run(failing("odd"), digits, own)
     assert run(small_experiment(), digits, own).rounds_by_wire == ROUNDS
     assert own.pool.faults.workers_lost == 0
 
