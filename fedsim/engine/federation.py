@@ -117,13 +117,13 @@ class Federation:
             this.check_quorum(reports)
             blocks, sums = tuple(answer.block for answer in answers), [answer.value[0] for answer in answers]
             output = wires.server("finish_round", key, this.number, _client_weights(reports), blocks, *sums)
-        except LostError as error:
+        except (LostError, SessionLostError) as error:
             pool.faults.chunks_retried += len(tasks)
-            if error.worker is None:
-                pool.faults.server_restarts += 1
-                self._open(self.state())  # it may have finished the round, if it is there at all
-            else:
+            if isinstance(error, LostError) and error.worker is not None:
                 pool.lost(error.worker)
+            else:
+                pool.faults.server_restarts += 1
+                self._open(self.state())  # a new process knows nothing
             return None
         self._keep(output)
         self.rounds_by_wire += 1

@@ -110,6 +110,7 @@ class Runtime:
         """
         self._config = config
         self._actors: list[ActorHandle] = []
+        self._wires: Wires | None = None
         wanted = 0 if config.workers == "auto" else config.workers
         self._cluster = None if ray.is_initialized() and address is None else Cluster(address, wanted)
         try:
@@ -128,7 +129,8 @@ class Runtime:
             self._actors += [*workers, self.server]
             alone = sum(node["Alive"] for node in ray.nodes()) == 1
             wired = config.transport == "auto" and alone and not gpus
-            self.pool = WorkerPool(workers, Wires(workers, self.server) if wired else None)
+            self._wires = Wires(workers, self.server) if wired else None
+            self.pool = WorkerPool(workers, self._wires)
         except BaseException:
             self.close()
             raise
@@ -154,6 +156,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the actors, and the private Ray if this runtime started one."""
+        if self._wires:
+            self._wires.close()
         if self._cluster:
             self._cluster.close()
             return

@@ -126,7 +126,7 @@ def test_a_round_in_which_the_server_dies_is_done_again(own: Runtime, digits: Da
 
 def wait_for_all(runtime: Runtime) -> None:
     """Until those that died are back."""
-    left = [*runtime.pool.workers]
+    left = [*runtime.pool.workers, runtime.server]
     while left:
         with contextlib.suppress(RayActorError):
             ray.get(left[-1].pid.remote())
@@ -165,6 +165,26 @@ def test_processes_that_die_between_rounds_cost_no_client(own: Runtime, digits: 
     federation = run(config, digits, own, kill)
     assert federation.faults.workers_lost == 1
     assert federation.faults.server_restarts <= 1
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+@pytest.mark.ray
+def test_a_new_server_is_told_what_the_old_one_knew(own: Runtime, digits: Dataset) -> None:
+    """The driver had hung up, so it does not see that there is another process now."""
+    config = small_experiment(federation=STATEFUL)
+    old = ray.get(own.server.pid.remote())
+
+    def replace(number: int) -> None:
+        if number == 2:
+            assert own.pool.wires is not None
+            own.pool.wires.close()
+            os.kill(old, signal.SIGKILL)
+            wait_for_all(own)
+            assert ray.get(own.server.pid.remote()) != old
+
+    federation = run(config, digits, own, replace)
+    assert federation.faults.server_restarts == 1
+    assert federation.rounds_by_wire == ROUNDS - 1
     assert np.array_equal(federation.weights(), by_calls(config, digits, own))
 
 
