@@ -240,8 +240,12 @@ def test_an_interruption_leaves_no_answer_to_be_taken_for_the_next_one(own: Runt
     """Ctrl-C while a round is under way."""
     config = small_experiment(defense={"name": "custom", "factory": f"{__name__}:Slow"})
     ctrl_c = Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run(config, digits, own, lambda number: number == 1 and ctrl_c.start())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, digits, own, lambda number: number == 1 and ctrl_c.start())
+    finally:
+        signal.signal(signal.SIGINT, before)
     config = small_experiment()
     federation = run(config, digits, own)
     assert federation.rounds_by_wire == ROUNDS
