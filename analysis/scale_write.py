@@ -57,7 +57,8 @@ def _heading(study: ScaleStudy) -> list[str]:
         f"Workload: {config.experiment.model.name} on {dataset_title(config.experiment.data.name)}, batch "
         f"{federation.batch_size}, {work}, {config.images} images a client.",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, GPU "
-        f"{machine['gpu']}; {config.nodes} Ray node(s).",
+        f"{machine['gpu']}; {config.nodes} Ray node(s). Rounds went by Ray's calls, as on a cluster; on one "
+        "machine they go by sockets, and take less.",
         f"Versions: Python {facts['python']}, PyTorch {facts['torch']}, Ray {facts['ray']}, fedsim "
         f"{facts.get('commit', facts.get('fedsim', ''))}.",
         f"Command: `fedsim {' '.join(sys.argv[1:])}`",

@@ -10,7 +10,7 @@ import torch
 
 KEPT, LARGEST_KEPT = 128 * 2**20, 32 * 2**20
 """Bytes of freed memory that a process keeps, and of a piece of memory that can be kept (glibc allows no more)."""
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 """Their numbers in glibc's malloc.h."""
 
 
@@ -43,3 +43,4 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(TRIM_THRESHOLD, KEPT)
+        mallopt(ARENA_MAX, 1)  # what one thread has freed another uses: calls and each wire have their own

@@ -18,7 +18,6 @@ from fedsim.engine.federation import Federation
 from fedsim.engine.pool import WorkerPool
 from fedsim.engine.rounds import RoundRecord
 from fedsim.engine.runtime import Cluster, Runtime, local_cpus
-from fedsim.engine.wires import Wires
 from fedsim.scale.grid import Cell, Workload, describe
 from fedsim.scale.load import CpuTimes
 from fedsim.scale.nodes import LocalNodes
@@ -63,10 +62,9 @@ class Pool:
         self._ordered = [pair for row in zip_longest(*by_node) for pair in row if pair]
 
     def first(self, count: int) -> Runtime:
-        """Return the runtime with the first `count` workers only."""
+        """Return the runtime with the first `count` workers only, and no wires: a cluster has none."""
         part = copy.copy(self.runtime)
-        workers = [worker for worker, _ in self._ordered[:count]]
-        part.pool = WorkerPool(workers, Wires(workers, part.server) if self.runtime.pool.wires else None)
+        part.pool = WorkerPool([worker for worker, _ in self._ordered[:count]])
         return part
 
     def nodes(self, count: int) -> int:

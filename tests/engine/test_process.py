@@ -37,3 +37,18 @@ def test_freed_memory_is_used_again() -> None:
     pages_of_twenty_turns = 20 * 10 * 4 * 300_000 / 4096
     assert page_faults() > pages_of_twenty_turns / 2
     assert page_faults("started") < pages_of_twenty_turns / 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have rules of their own")
+def test_a_thread_uses_what_another_has_freed() -> None:
+    code = (
+        "import psutil, threading, torch; from fedsim.engine import process\n"
+        "process.start_process([])\n"
+        "def work(): activations = [torch.ones(300_000) for _ in range(30)]\n"
+        "work()\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "thread = threading.Thread(target=work); thread.start(); thread.join()\n"
+        "print(psutil.Process().memory_info().rss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 10 * 4 * 300_000, "less than a third of one thread's activations"
