@@ -6,13 +6,14 @@
     python -m benchmarks.engine start
     python -m benchmarks.engine whole [--clients 100]
 
-The workload: the DLG LeNet on 1×28×28, 100 clients with 600 images each, batches of 32, FedAvg; `--steps 0` is one
-local epoch. `rounds` times blocks of each contender in rotation and prints medians over the blocks, with ratios
-taken block by block: machines drift. A peer is any command that runs the same workload and ends with a JSON line
-that holds `seconds_per_round_median`: see `benchmarks/peers`, which run in environments of their own. `defenses`
-times rounds with and without a defense in turn. `memory` is what a worker has for itself, after rounds of growing
-size. `start` runs `fedsim run` twice on one tracking database and times the second. `whole` is a run with
-evaluations, checkpoints and MLflow over the sum of its rounds. One JSON line each.
+The workload: the DLG LeNet on 1×28×28, 100 clients with 600 images each, batches of 32, FedAvg; `--steps 0` is
+one local epoch. `rounds` times blocks of each contender in rotation and prints medians over the blocks, with
+ratios taken block by block: machines drift. `fedsim by calls` has Ray carry its messages. A peer is any command
+that runs the same workload and ends with a JSON line that holds `seconds_per_round_median`: see
+`benchmarks/peers`, which run in environments of their own. `defenses` times rounds with and without a defense in
+turn. `memory` is what a worker has for itself, after rounds of growing size. `start` runs `fedsim run` twice on
+one tracking database and times the second. `whole` is a run with evaluations, checkpoints and MLflow over the
+sum of its rounds. One JSON line each.
 """
 
 import argparse
@@ -117,7 +118,12 @@ def rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         def ours(round_: int) -> None:
             beyond.append(federation.run_round(round_).idle_seconds)
 
-        turns = {"fedsim": ours, "plain": plain.round}
+        def by_calls(round_: int) -> None:
+            wires, runtime.pool.wires = runtime.pool.wires, None
+            federation.run_round(round_)
+            runtime.pool.wires = wires
+
+        turns = {"fedsim": ours, "fedsim by calls": by_calls, "plain": plain.round}
         for block in range(options.blocks + 1):
             if block == 1:  # the first block warms up
                 blocks.clear()
