@@ -1,4 +1,4 @@
-"""What it takes to carry a round through Ray: two workers that only keep a core busy, and a server that only adds.
+"""What it takes to carry a round: two workers that only keep a core busy, and a server that only adds.
 
     python -m benchmarks.transport [--work 5 30] [--rounds 60] [--blocks 3]
 

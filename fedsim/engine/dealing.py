@@ -6,6 +6,8 @@ from fedsim.aggregation.pairwise import Block, power_of_two
 
 MOST = 16
 """Chunks a block, at most: what a dying worker can take with it."""
+IN_FLIGHT = 2
+"""Blocks dealt to a worker at a time, so that the next one is there when it ends one."""
 LEAST_CLIENTS = 16
 """Clients a worker up to which its share is not split further: a call costs half a client's time or more."""
 

@@ -11,12 +11,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from fedsim.aggregation.pairwise import Block
-from fedsim.engine.dealing import Dealer
+from fedsim.engine.dealing import IN_FLIGHT, Dealer
 from fedsim.engine.wires import Wires
 from fedsim.errors import FedsimError, RunError
 
-IN_FLIGHT = 2
-"""Calls queued at a worker, so that the next one is there when it ends one."""
 TRIES = 3
 """Workers that a chunk may cost before it is given up."""
 RECOVERY_SECONDS = 120.0

@@ -24,7 +24,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from fedsim.aggregation.pairwise import Block
-from fedsim.engine.dealing import Dealer
+from fedsim.engine.dealing import IN_FLIGHT, Dealer
 from fedsim.engine.session import Handle
 from fedsim.errors import FedsimError
 
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 2**18
 """Of a model whose weights go through a socket, a megabyte; larger ones Ray puts into shared memory once."""
-IN_FLIGHT = 2
-"""Messages on their way to a worker, so that the next one is there when it ends one."""
 
 
 class LostError(Exception):
@@ -106,6 +104,7 @@ class Wires:
         self._actors = [*workers, server]
         self._ends: list[Connection] = []
         self._held: set[str] = set()
+        self._unanswered = 0
         self._refused = False
 
     def ready(self, handle: Handle, parameters: int) -> bool:
@@ -118,7 +117,7 @@ class Wires:
                 self._held.add(handle[0])
             if not self._ends:
                 self.connect()
-        except RayActorError:  # calls will find out who it was
+        except (RayActorError, ConnectionError, EOFError):  # one has died: calls will find out who it was
             self.close()
             return False
         except OSError as error:
@@ -134,6 +133,7 @@ class Wires:
 
         Raises:
             RayActorError: If one is dead.
+            ConnectionError: If one dies meanwhile; or EOFError.
             OSError: If sockets do not work here.
         """
         key = secrets.token_bytes(32)
@@ -206,6 +206,7 @@ class Wires:
             return self._receive(server)
 
     def _send(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        self._unanswered += 1
         with suppress(OSError):  # who has died will not answer
             self._ends[number].send((method, arguments))
 
@@ -214,19 +215,19 @@ class Wires:
             value, error = self._ends[number].recv()
         except (EOFError, OSError):
             raise LostError(number if number < len(self._ends) - 1 else None) from None
+        self._unanswered -= 1
         if error:
             raise error
         return value
 
     @contextmanager
     def _hung_up_if_cut(self) -> Iterator[None]:
-        """Hang up after a death or Ctrl-C: answers still to come would be taken for those to later messages."""
+        """Hang up if answers are still to come: they would be taken for those to later messages."""
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, LostError) or not isinstance(error, Exception):
+        finally:
+            if self._unanswered:
                 self.close()
-            raise
 
     def close(self) -> None:
         """Hang up; actors that are at work end that first."""
@@ -234,3 +235,4 @@ class Wires:
             end.close()
         self._ends.clear()
         self._held.clear()
+        self._unanswered = 0
