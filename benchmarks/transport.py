@@ -26,11 +26,13 @@ import numpy as np
 import psutil
 import ray
 from numpy.typing import NDArray
-from ray.dag import InputNode
+from ray.dag import InputNode, MultiOutputNode
 
 from benchmarks.engine import experiment
 from benchmarks.peers.workload import LeNet
+from fedsim.engine.carriers import Carrier
 from fedsim.engine.dealing import LEAST_CLIENTS, Dealer
+from fedsim.engine.pool import WorkerPool
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.wires import Answering, Wires
 
@@ -46,6 +48,7 @@ class Worker(Answering):
         """Return this process's id."""
         return os.getpid()
 
+    @ray.method(num_returns=2)
     def work(self, weights: Weights, seconds: float) -> tuple[Weights, Span]:
         """Return a copy of the weights, and when this began and ended."""
         began = time.perf_counter()
@@ -57,45 +60,46 @@ class Worker(Answering):
 class Server(Answering):
     """Adds."""
 
-    def add(self, *parts: tuple[Weights, Span]) -> tuple[Weights, Span, list[Span]]:
-        """Return the mean, when this began and ended, and when the workers did."""
+    @ray.method(num_returns=2)
+    def add(self, *parts: Weights) -> tuple[Weights, Span]:
+        """Return the mean, and when this began and ended."""
         began = time.perf_counter()
-        weights = sum(part for part, _ in parts) / np.float32(len(parts))
-        return weights, (began, time.perf_counter()), [span for _, span in parts]
+        weights = sum(parts) / np.float32(len(parts))
+        return weights, (began, time.perf_counter())
 
 
-Carrier = Callable[[Weights, float], tuple[Weights, Span, list[Span]]]
+Round = Callable[[Weights, float], tuple[Span, list[Span]]]
+"""Runs one; returns when the server began and ended, and when the workers did."""
 
 
-def by_calls(workers: list[Any], server: Any) -> Carrier:
-    def carry(weights: Weights, seconds: float) -> Any:
-        sums = [worker.work.remote(weights, seconds) for worker in workers]
-        for reference in sums:
-            ray.wait([reference])
-        return ray.get(server.add.remote(*sums))
+def by(pool: WorkerPool, carrier: Carrier) -> Round:
+    def run(weights: Weights, seconds: float) -> tuple[Span, list[Span]]:
+        shared = (weights, seconds)
+        dealer = Dealer(2, LEAST_CLIENTS)
+        calls = pool.deal("work", dealer, lambda block: (), str, shared=shared, carrier=carrier)
+        _, span = carrier.ask("add", *(call.value[0] for call in calls))
+        return span, [call.value[1] for call in calls]
 
-    return carry
-
-
-def by_wires(wires: Wires) -> Carrier:
-    def carry(weights: Weights, seconds: float) -> Any:
-        answers = wires.deal("work", Dealer(2, LEAST_CLIENTS), lambda block: (weights, seconds))
-        return wires.server("add", *(answer.value for answer in answers))
-
-    return carry
+    return run
 
 
-def by_graph(workers: list[Any], server: Any) -> tuple[Carrier, Any]:
+def by_graph(workers: list[Any], server: Any) -> tuple[Round, Any]:
     with InputNode() as given:
-        graph = server.add.bind(*[worker.work.bind(given[0], given[1]) for worker in workers])
+        parts = [worker.work.bind(given[0], given[1]) for worker in workers]
+        graph = MultiOutputNode([*server.add.bind(*[total for total, _ in parts]), *[span for _, span in parts]])
     compiled = graph.experimental_compile()
-    return lambda weights, seconds: ray.get(compiled.execute(weights, seconds)), compiled
+
+    def run(weights: Weights, seconds: float) -> tuple[Span, list[Span]]:
+        _, server_span, *spans = ray.get(compiled.execute(weights, seconds))
+        return server_span, spans
+
+    return run, compiled
 
 
-def trip(carry: Carrier, weights: Weights, seconds: float) -> tuple[float, ...]:
+def trip(run: Round, weights: Weights, seconds: float) -> tuple[float, ...]:
     """Milliseconds to the workers, to the server, back, and beyond the work."""
     began = time.perf_counter()
-    _, server, spans = carry(weights, seconds)
+    server, spans = run(weights, seconds)
     ended = time.perf_counter()
     last_begin, last_end = max(begin for begin, _ in spans), max(end for _, end in spans)
     parts = (last_begin - began, server[0] - last_end, ended - server[1], ended - began - seconds)
@@ -104,7 +108,7 @@ def trip(carry: Carrier, weights: Weights, seconds: float) -> tuple[float, ...]:
 
 def pause(worker: Any, weights: Weights) -> float:
     """Milliseconds between the end of a call and the begin of one that waited for it."""
-    spans = [ray.get(reference)[1] for reference in [worker.work.remote(weights, 0.005) for _ in range(2)]]
+    spans = [ray.get(span) for _, span in [worker.work.remote(weights, 0.005) for _ in range(2)]]
     return 1000 * (spans[1][0] - spans[0][1])
 
 
@@ -116,12 +120,12 @@ def busy(pid: int, seconds: float = 3.0) -> float:
     return 100 * (sum(process.cpu_times()[:2]) - before) / seconds
 
 
-def measure(carriers: dict[str, Carrier], weights: Weights, options: argparse.Namespace) -> None:
+def measure(carriers: dict[str, Round], weights: Weights, options: argparse.Namespace) -> None:
     for milliseconds in options.work:
         trips: dict[str, list[tuple[float, ...]]] = {name: [] for name in carriers}
         for _ in range(options.blocks):
-            for name, carry in carriers.items():
-                trips[name] += [trip(carry, weights, milliseconds / 1000) for _ in range(options.rounds)]
+            for name, run in carriers.items():
+                trips[name] += [trip(run, weights, milliseconds / 1000) for _ in range(options.rounds)]
         for name, rows in trips.items():
             medians = [round(statistics.median(part), 2) for part in zip(*rows, strict=True)]
             columns = ("ms_to_workers", "ms_to_server", "ms_back", "ms_beyond_the_work")
@@ -141,7 +145,8 @@ def main() -> None:
         workers, server = remote[:2], remote[2]
         wires = Wires(workers, server)
         wires.connect()
-        measure({"calls": by_calls(workers, server), "wires": by_wires(wires)}, weights, options)
+        pool = WorkerPool(workers, server, wires)
+        measure({"calls": by(pool, pool.calls), "wires": by(pool, wires)}, weights, options)
         pid = ray.get(workers[0].pid.remote())
         waiting = {"percent_busy_wires": busy(pid)}
         waiting["ms_between_two_calls"] = statistics.median(pause(workers[0], weights) for _ in range(60))

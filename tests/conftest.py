@@ -36,7 +36,8 @@ def runtime() -> Iterator[Runtime]:
 def other_workers(runtime: Runtime, count: int) -> Iterator[WorkerPool]:
     """Lend the runtime a pool of `count` fresh workers."""
     actor = ray.remote(ClientWorker).options(max_restarts=-1, max_task_retries=0, num_cpus=0)
-    own, runtime.pool = runtime.pool, WorkerPool([actor.remote(sys.path) for _ in range(count)])
+    workers = [actor.remote(sys.path) for _ in range(count)]
+    own, runtime.pool = runtime.pool, WorkerPool(workers, runtime.server)
     try:
         yield runtime.pool
     finally:

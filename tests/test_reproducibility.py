@@ -13,14 +13,13 @@ import pytest
 import ray
 from torch import Tensor
 
-from fedsim.aggregation.pairwise import Block
 from fedsim.catalogue import members
 from fedsim.config import ExperimentConfig
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
 from fedsim.defenses import DefenseConfig
 from fedsim.defenses.base import ClientContext, Defense
 from fedsim.defenses.graddefense import GradDefenseConfig
-from fedsim.engine import pool, wires
+from fedsim.engine import pool
 from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
@@ -103,13 +102,8 @@ def test_for_chunks_that_end_in_any_order(
             orders.append(call.block.start)
         return call
 
-    def noting_answer(block: Block, value: Any) -> Any:
-        orders.append(block.start)
-        return plain_answer(block, value)
-
-    plain_next, plain_answer = pool._Dispatch._next, wires.Answer
+    plain_next = pool._Dispatch._next
     monkeypatch.setattr(pool._Dispatch, "_next", noting_call)
-    monkeypatch.setattr(wires, "Answer", noting_answer)
     if transport == "calls":
         monkeypatch.setattr(runtime.pool, "wires", None)
     options = {"slow": ray.get(runtime.pool.workers[0].pid.remote())}

@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError
 from torch import Tensor
 
-from fedsim.aggregation.pairwise import Block
 from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
+from fedsim.engine.carriers import Carrier, LostError, fetch
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.engine.lessons import Lesson, Scope, shared_key
-from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults, fetch
+from fedsim.engine.pool import PING_SECONDS, TRIES, Call, Faults
 from fedsim.engine.rounds import Round, RoundRecord
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.server import Arrays, RoundOutput, SessionLostError
 from fedsim.engine.session import SessionSpec
-from fedsim.engine.wires import LostError
+from fedsim.engine.wires import MOST_CLIENTS, MOST_PARAMETERS
 from fedsim.errors import RunError
 from fedsim.learning.execution import Execution
 from fedsim.privacy.observation import Payload, Reconstruction, Victim
@@ -34,10 +34,6 @@ EVALUATION_SHARD = 1000
 
 SERVER_RESTARTS = 20
 """Times that a simulation survives the death of its parameter server."""
-
-
-Seconds = dict[str, float]
-"""Server time, by what it did."""
 
 
 class Federation:
@@ -96,60 +92,40 @@ class Federation:
         this.check_quorum([])
         width = self.spec.config.chunk_width(self.spec.config.federation.clients_per_round, self.runtime.device)
         tasks = [ChunkTask(round_, part) for part in split_evenly(this.who.clients, width)]
-        reports, server_seconds = self._by_wire(this, tasks, width) or self._by_calls(this, tasks, width)
-        return this.record(reports, server_seconds, len(self.runtime.pool.workers))
-
-    def _by_wire(
-        self, this: Round, tasks: list[ChunkTask], width: int
-    ) -> tuple[list[ChunkReport], Seconds] | None:
-        """Do a round by wires; None if there are none for this simulation, or a process died meanwhile."""
-        pool = self.runtime.pool
-        wires = pool.wires
-        if not wires or pool.recovering or not wires.ready(self._handle, self._parameters):
-            return None
-        key = self._handle[0]
-        shared: tuple[Any, ...] = ((key, []), self.weights(), _value(self._output.public))
-        try:
-            answers = wires.deal(
-                "run_chunks", Dealer(len(tasks), width), lambda block: (*shared, *_part(tasks, block))
-            )
-            reports = [report for answer in answers for report in answer.value[1]]
-            this.check_quorum(reports)
-            blocks, sums = tuple(answer.block for answer in answers), [answer.value[0] for answer in answers]
-            output = wires.server("finish_round", key, this.number, _client_weights(reports), blocks, *sums)
-        except (LostError, SessionLostError) as error:
-            pool.faults.chunks_retried += len(tasks)
-            if isinstance(error, LostError) and error.worker is not None:
-                pool.lost(error.worker)
-            else:
-                pool.faults.server_restarts += 1
-                self._open(self.state())  # a new process knows nothing
-            return None
-        self._keep(output)
-        self.rounds_by_wire += 1
-        return reports, output.seconds
-
-    def _by_calls(self, this: Round, tasks: list[ChunkTask], width: int) -> tuple[list[ChunkReport], Seconds]:
-        """Do a round by calls on the pool and the server."""
+        carrier = self._carrier(width)
         for _ in range(TRIES):
-            calls = self._compute(this, tasks, width)
-            reports = [report for call in calls for report in call.value]
+            calls = self._compute(this, tasks, width, carrier)
+            reports = [report for call in calls for report in call.value[1]]
             this.check_quorum(reports)
             try:
-                return reports, self._finish(this.number, reports, calls)
+                seconds = self._finish(this.number, reports, calls, carrier)
             except ObjectLostError:
                 # Sums went with their node before the server had them: only the clients can make them again.
                 self.runtime.pool.faults.chunks_retried += len(reports)
+            else:
+                self.rounds_by_wire += carrier is self.runtime.pool.wires
+                return this.record(reports, seconds, len(self.runtime.pool.workers))
         raise RunError(f"round {this.number}: {TRIES} times in a row a node was lost with its clients' updates")
 
-    def _compute(self, this: Round, tasks: list[ChunkTask], width: int) -> list[Call]:
+    def _carrier(self, width: int) -> Carrier:
+        """Return what carries a round of chunks of `width` clients."""
+        pool = self.runtime.pool
+        small = self._parameters <= MOST_PARAMETERS and width <= MOST_CLIENTS
+        wired = pool.wires and small and pool.wires.connect(self._handle, pool.recovering)
+        return pool.wires if pool.wires and wired else pool.calls
+
+    def _compute(self, this: Round, tasks: list[ChunkTask], width: int, carrier: Carrier) -> list[Call]:
         """Let the workers train the clients; return the calls that did it: a sum and the chunks' reports each."""
-        shared = (self._handle, self._output.weights, self._output.public)
+        shared: tuple[Any, ...] = (self._handle, self._output.weights, self._output.public)
+        if carrier is self.runtime.pool.wires:  # it carries no references
+            shared = ((self._handle[0], []), self.weights(), _value(self._output.public))
         return self.runtime.pool.deal(
             "run_chunks",
             Dealer(len(tasks), width),
-            lambda block: (*shared, *_part(tasks, block)),
+            lambda block: (tuple(tasks[block.start : block.start + block.size]), block.start),
             lambda index: f"round {this.number}: the chunk of clients {list(tasks[index].clients)}",
+            shared=shared,
+            carrier=carrier,
         )
 
     def evaluate(self) -> tuple[float, float]:
@@ -258,38 +234,31 @@ class Federation:
                     raise RunError(f"the parameter server died and did not come back in {limit:g} s") from None
                 time.sleep(PING_SECONDS)
 
-    def _finish(self, round_: int, reports: list[ChunkReport], calls: list[Call]) -> Seconds:
+    def _finish(
+        self, round_: int, reports: list[ChunkReport], calls: list[Call], carrier: Carrier
+    ) -> dict[str, float]:
         """Let the server finish the round; a server that died is reopened from the round before."""
-        client_weights = _client_weights(reports)
-        blocks, sums = tuple(call.block for call in calls), [call.references[0] for call in calls]
+        client_weights = tuple(weight for report in reports for weight in report.client_weights)
+        blocks, sums = tuple(call.block for call in calls), [call.value[0] for call in calls]
         while True:
-            references = self.runtime.server.finish_round.remote(
-                self._handle[0], round_, client_weights, blocks, *sums
-            )
             try:
-                seconds: Seconds = fetch(references[-1])
-            except (RayActorError, SessionLostError):
+                output = RoundOutput(
+                    *carrier.ask("finish_round", self._handle[0], round_, client_weights, blocks, *sums)
+                )
+            except (LostError, SessionLostError):
                 self.runtime.pool.faults.server_restarts += 1
                 if self.faults.server_restarts > SERVER_RESTARTS:
                     raise RunError(f"round {round_}: the parameter server keeps dying") from None
                 self._open(self._output.state)
-                continue
-            self._keep(RoundOutput(*references))
-            return seconds
+                carrier = self.runtime.pool.calls
+            else:
+                self._keep(output)
+                return output.seconds
 
     def _keep(self, output: RoundOutput) -> None:
         # In this order: an interruption in between then leaves a count that fits no history.
         self.rounds_done += 1
         self._output = output
-
-
-def _part(tasks: list[ChunkTask], block: Block) -> tuple[tuple[ChunkTask, ...], int]:
-    """Return the chunks of a block, and the number of the first."""
-    return tuple(tasks[block.start : block.start + block.size]), block.start
-
-
-def _client_weights(reports: Sequence[ChunkReport]) -> tuple[float, ...]:
-    return tuple(weight for report in reports for weight in report.client_weights)
 
 
 def _value(item: Any) -> Any:

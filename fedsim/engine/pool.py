@@ -3,17 +3,18 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from fedsim.aggregation.pairwise import Block
+from fedsim.engine.carriers import Calls, Carrier, LostError
 from fedsim.engine.dealing import IN_FLIGHT, Dealer
 from fedsim.engine.wires import Wires
-from fedsim.errors import FedsimError, RunError
+from fedsim.errors import RunError
 
 TRIES = 3
 """Workers that a chunk may cost before it is given up."""
@@ -44,25 +45,13 @@ class Call:
         block: What it does.
         failures: Workers that this block has cost.
         suspect: Its worker died before: it is done alone.
-        references: Object references of its return values.
-        value: Its last return value.
+        value: What it returned.
     """
 
     block: Block
     failures: int = 0
     suspect: bool = False
-    references: list[Any] = field(default_factory=list)
     value: Any = None
-
-
-def fetch(reference: Any) -> Any:
-    """Return the value behind a reference; an error raised by fedsim on purpose comes without Ray's traceback."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, FedsimError):
-            raise error.cause from None
-        raise
 
 
 class WorkerPool:
@@ -71,19 +60,21 @@ class WorkerPool:
     def __init__(
         self,
         workers: Sequence[ActorHandle],
+        server: ActorHandle | None = None,
         wires: Wires | None = None,
         recovery_seconds: float = RECOVERY_SECONDS,
     ) -> None:
-        """Use `workers`, actors that Ray restarts when they die.
+        """Use `workers`, actors that Ray restarts when they die, and carriers to them and to the server.
 
         Attributes:
-            wires: What carries rounds of small models instead of calls, where that can be.
+            calls: Carries what no other carrier is named for.
+            wires: What can carry rounds of small models, or None.
             faults: What went wrong so far.
             recovery_seconds: How long a call of `deal` waits when every worker is away.
             recovering: By number of a worker that is away: the sign of life that it was asked for.
         """
         self.workers, self.recovery_seconds = list(workers), recovery_seconds
-        self.wires = wires
+        self.calls, self.wires = Calls(workers, server), wires
         self.faults = Faults()
         self.recovering: dict[int, Any] = {}
 
@@ -108,18 +99,23 @@ class WorkerPool:
         dealer: Dealer,
         arguments: Callable[[Block], tuple[Any, ...]],
         describe: Callable[[int], str],
+        *,
+        shared: tuple[Any, ...] = (),
+        carrier: Carrier | None = None,
     ) -> list[Call]:
         """Run `method` on all numbers of `dealer`, a block a call.
 
         A worker holds at most two calls. The numbers of a call whose worker died are tried again one by one, alone
-        on a worker, so that what kills workers is told from what merely stood beside or behind it. A worker that
-        is away is done without until it answers again.
+        on a worker, so that what kills workers is told from what merely stood behind it. A worker that is away is
+        done without until it answers again.
 
         Args:
             method: Name of a method of the workers.
             dealer: What to do, and in what blocks.
-            arguments: Gives the arguments for a block; object references among them are resolved on the worker.
+            arguments: Gives the arguments for a block, after the shared ones.
             describe: What the error says of number i when it has cost three workers.
+            shared: First arguments of every call.
+            carrier: What carries the calls; None: Ray's, which resolve object references among arguments.
 
         Returns:
             The calls that did it, in the order of their blocks.
@@ -128,7 +124,9 @@ class WorkerPool:
             RunError: If one number has cost three workers, or all workers stay away.
             FedsimError: What a call itself raised.
         """
-        return _Dispatch(self, method, dealer, arguments, describe).run()
+        carrier = carrier or self.calls
+        carrier.begin(shared)
+        return _Dispatch(self, carrier, method, dealer, arguments, describe).run()
 
     def lost(self, worker: int) -> None:
         """Count a worker that died, and do without it until it answers again."""
@@ -146,45 +144,51 @@ class _Dispatch:
     def __init__(
         self,
         pool: "WorkerPool",
+        carrier: Carrier,
         method: str,
         dealer: Dealer,
         arguments: Callable[[Block], tuple[Any, ...]],
         describe: Callable[[int], str],
     ) -> None:
-        self.pool, self.method, self.dealer = pool, method, dealer
+        self.pool, self.carrier, self.method, self.dealer = pool, carrier, method, dealer
         self.arguments, self.describe = arguments, describe
         self.suspects: deque[Call] = deque()
-        self.held: dict[int, list[Call]] = {number: [] for number in range(len(pool.workers))}
+        self.held: dict[int, deque[Call]] = {number: deque() for number in range(len(pool.workers))}
         self.recovering = pool.recovering
         self.last_alive = time.monotonic()
 
     def run(self) -> list[Call]:
         ended: list[Call] = []
-        self._fill()
-        while any(self.held.values()) or self.suspects or self.dealer.left:
-            call = self._next()
-            if call:
-                ended.append(call)
-            self._welcome()
+        try:
             self._fill()
+            while any(self.held.values()) or self.suspects or self.dealer.left:
+                call = self._next()
+                if call:
+                    ended.append(call)
+                self._welcome()
+                self._fill()
+        except BaseException:
+            for worker in self.held:  # answers to come would be taken for those to later messages
+                self.carrier.drop(worker)
+            raise
         return sorted(ended, key=lambda call: call.block)
 
     def _next(self) -> Call | None:
         """Return a call that has ended; None if its worker died, or it is time to look for those that are away."""
-        owner = {call.references[-1]: (worker, call) for worker, held in self.held.items() for call in held}
-        if not owner:
+        busy = [worker for worker, held in self.held.items() if held]
+        if not busy:
             time.sleep(PING_SECONDS)
             return None
-        ready, _ = ray.wait(list(owner), num_returns=1, timeout=PING_SECONDS if self.recovering else None)
-        if not ready:
+        worker = self.carrier.wait(busy, PING_SECONDS if self.recovering else None)
+        if worker is None:
             return None
-        worker, call = owner[ready[0]]
         try:
-            call.value = fetch(call.references[-1])
-        except (RayActorError, ObjectLostError):
-            self._lost(worker, call)
+            value = self.carrier.receive(worker)
+        except LostError:
+            self._lost(worker)
             return None
-        self.held[worker].remove(call)
+        call = self.held[worker].popleft()
+        call.value = value
         return call
 
     def _fill(self) -> None:
@@ -198,23 +202,26 @@ class _Dispatch:
                     self._send(worker, Call(block))
 
     def _send(self, worker: int, call: Call) -> None:
-        references = getattr(self.pool.workers[worker], self.method).remote(*self.arguments(call.block))
-        call.references = references if isinstance(references, list) else [references]
         self.held[worker].append(call)
+        try:
+            self.carrier.send(worker, self.method, self.arguments(call.block))
+        except LostError:
+            self._lost(worker)
 
-    def _lost(self, worker: int, call: Call) -> None:
-        """Take a call back from a worker that died; blame it only if it was the one being worked on."""
-        at_work = self.held[worker][0] is call
-        self.held[worker].remove(call)
-        again = self.dealer.numbers(call.block)
-        self.pool.faults.chunks_retried += len(again)
-        failures = call.failures
-        if worker not in self.recovering:
-            self.pool.lost(worker)
-            failures += at_work
-        if failures >= TRIES:
-            raise RunError(f"{self.describe(call.block.start)} cost {TRIES} workers in a row and was given up")
-        self.suspects += [Call(Block(number, 1), failures, suspect=True) for number in again]
+    def _lost(self, worker: int) -> None:
+        """Take back the calls of a worker that died; blame the one that it was at work on."""
+        self.carrier.drop(worker)
+        self.pool.lost(worker)
+        at_work, *behind = self.held[worker]
+        self.held[worker].clear()
+        at_work.failures += 1
+        if at_work.failures >= TRIES:
+            what = self.describe(at_work.block.start)
+            raise RunError(f"{what} cost {TRIES} workers in a row and was given up")
+        for call in (at_work, *behind):
+            again = self.dealer.numbers(call.block)
+            self.pool.faults.chunks_retried += len(again)
+            self.suspects += [Call(Block(number, 1), call.failures, suspect=True) for number in again]
 
     def _welcome(self) -> None:
         """Use workers again that answer; ask the others once more, and give up when all are away for too long.

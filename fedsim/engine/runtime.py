@@ -130,7 +130,7 @@ class Runtime:
             alone = sum(node["Alive"] for node in ray.nodes()) == 1
             wired = config.transport == "auto" and alone and not gpus
             self._wires = Wires(workers, self.server) if wired else None
-            self.pool = WorkerPool(workers, self._wires)
+            self.pool = WorkerPool(workers, self.server, self._wires)
         except BaseException:
             self.close()
             raise

@@ -2,8 +2,7 @@
 
 Ray starts, places and restarts the processes, and carries what is large or goes far. But between processes that
 have slept a call through Ray takes 1 to 5 ms, a message through a socket less than one
-(`benchmarks/transport.py`), and a round is three of them one after the other. Nothing is kept here: when a process
-dies, the round is done again by calls.
+(`benchmarks/transport.py`), and a round is three of them one after the other.
 """
 
 import logging
@@ -12,19 +11,17 @@ import secrets
 import tempfile
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from fedsim.aggregation.pairwise import Block
-from fedsim.engine.dealing import IN_FLIGHT, Dealer
+from fedsim.engine.carriers import LostError
 from fedsim.engine.session import Handle
 from fedsim.errors import FedsimError
 
@@ -32,26 +29,9 @@ log = logging.getLogger(__name__)
 
 MOST_PARAMETERS = 2**18
 """Of a model whose weights go through a socket, a megabyte; larger ones Ray puts into shared memory once."""
-
-
-class LostError(Exception):
-    """A process at the other end died.
-
-    Attributes:
-        worker: Its number, or None if it was the server.
-    """
-
-    def __init__(self, worker: int | None) -> None:
-        """Say who died."""
-        super().__init__("the server died" if worker is None else f"worker {worker} died")
-        self.worker = worker
-
-
-class Answer(NamedTuple):
-    """What a worker returned for a block."""
-
-    block: Block
-    value: Any
+MOST_CLIENTS = 64
+"""Of a chunk. The message that names a block's clients must fit into a socket's buffer (8 KiB on some systems), as
+it goes to a worker that may just be sending an answer: that would wait for the driver, and the driver for it."""
 
 
 class Answering:
@@ -67,11 +47,15 @@ class Answering:
         wire = listener.accept()
         with suppress(FileNotFoundError):  # the driver removes the socket, too
             listener.close()
+        shared: tuple[Any, ...] = ()
         with wire:
             while True:
                 try:
                     method, arguments = wire.recv()
-                    wire.send(_outcome(getattr(self, method), arguments))
+                    if method:
+                        wire.send(_outcome(getattr(self, method), (*shared, *arguments)))
+                    else:
+                        shared = arguments
                 except (EOFError, OSError):  # the driver has hung up
                     return
 
@@ -97,142 +81,134 @@ def _portable(error: Exception) -> Exception:
 
 
 class Wires:
-    """Sockets to all workers of a pool and to the server; connected when they are first needed."""
+    """A `Carrier`: sockets to all workers of a pool and to the server, connected when they are first needed."""
 
     def __init__(self, workers: Sequence[ActorHandle], server: ActorHandle) -> None:
         """Connect these actors, which must be on this machine."""
         self._actors = [*workers, server]
-        self._ends: list[Connection] = []
-        self._held: set[str] = set()
-        self._unanswered = 0
+        self._server = len(workers)
+        self._ends: dict[int, Connection] = {}
+        self._simulation: Handle | None = None
+        self._held: dict[int, set[str]] = {number: set() for number in range(len(workers))}
+        self._shared: tuple[Any, ...] = ()
+        self._told: set[int] = set()
         self._refused = False
 
-    def ready(self, handle: Handle, parameters: int) -> bool:
-        """Return whether rounds of a simulation can go this way, its model having so many parameters."""
-        if self._refused or parameters > MOST_PARAMETERS:
-            return False
+    def connect(self, simulation: Handle | None = None, away: Collection[int] = ()) -> bool:
+        """Connect to all that are not connected; return whether sockets work here.
+
+        Args:
+            simulation: What the workers open, because a wire carries no references.
+            away: Workers not to wait for; a message to one will connect it.
+        """
+        self._simulation = simulation
         try:
-            if handle[0] not in self._held:
-                ray.get([worker.hold.remote(handle) for worker in self._actors[:-1]])
-                self._held.add(handle[0])
-            if not self._ends:
-                self.connect()
-        except (RayActorError, ConnectionError, EOFError):  # one has died: calls will find out who it was
-            self.close()
-            return False
+            if not self._refused:
+                self._connect(number for number in range(len(self._actors)) if number not in away)
         except OSError as error:
             log.warning(
                 "rounds go by Ray's calls, because sockets do not work here: %s", str(error).splitlines()[-1]
             )
             self._refused = True
-            return False
-        return True
+            self.close()
+        return not self._refused
 
-    def connect(self) -> None:
-        """Connect to all of them.
+    def _connect(self, numbers: Iterable[int]) -> None:
+        """Connect those of `numbers` that are alive, and let them open the simulation.
 
         Raises:
-            RayActorError: If one is dead.
-            ConnectionError: If one dies meanwhile; or EOFError.
             OSError: If sockets do not work here.
         """
+        missing = [number for number in numbers if not self._ready(number)]
+        if not missing:
+            return
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.
         with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
-            paths = [f"{folder}/{number}" for number in range(len(self._actors))]
-            ray.get([actor.listen.remote(path, key) for actor, path in zip(self._actors, paths, strict=True)])
-            self._ends = [Client(path, "AF_UNIX", authkey=key) for path in paths]
+            started = {number: self._start(number, f"{folder}/{number}", key) for number in missing}
+            for number, references in started.items():
+                with suppress(RayActorError, ConnectionError, EOFError):  # it has died: messages will find out
+                    ray.get(references)
+                    if number not in self._ends:
+                        self._ends[number] = Client(f"{folder}/{number}", "AF_UNIX", authkey=key)
+                    if self._simulation and number != self._server:
+                        self._held[number].add(self._simulation[0])
 
-    def deal(self, method: str, dealer: Dealer, arguments: Callable[[Block], tuple[Any, ...]]) -> list[Answer]:
-        """Run `method` of the workers on all numbers of `dealer`, a block a message.
+    def _ready(self, number: int) -> bool:
+        holds = number == self._server or not self._simulation or self._simulation[0] in self._held[number]
+        return holds and number in self._ends
 
-        Args:
-            method: Name of a method of the workers.
-            dealer: What to do, and in what blocks.
-            arguments: Gives the arguments for a block.
+    def _start(self, number: int, path: str, key: bytes) -> list[Any]:
+        actor, started = self._actors[number], []
+        if number not in self._ends:
+            started.append(actor.listen.remote(path, key))
+        if self._simulation and number != self._server:
+            started.append(actor.hold.remote(self._simulation))
+        return started
 
-        Returns:
-            What the workers returned, in the order of the blocks.
+    def begin(self, shared: tuple[Any, ...]) -> None:
+        """Set the first arguments of messages to come; they go to each worker once, before its first message."""
+        self._shared = shared
+        self._told.clear()
 
-        Raises:
-            LostError: If a worker died.
-            Exception: What a worker raised. In either case no worker is at work any more.
-        """
-        held: dict[int, deque[Block]] = {number: deque() for number in range(len(self._ends) - 1)}
-        answers: list[Answer] = []
-        failure: Exception | None = None
-        with self._hung_up_if_cut():
-            while True:
-                if not failure:
-                    self._fill(held, method, dealer, arguments)
-                busy = {self._ends[number]: number for number, blocks in held.items() if blocks}
-                if not busy:
-                    break
-                for number in [busy[end] for end in wait(list(busy))]:  # type: ignore[index]
-                    try:
-                        answers.append(Answer(held[number].popleft(), self._receive(number)))
-                    except LostError as error:
-                        held[number].clear()
-                        failure = error
-                    except Exception as error:
-                        failure = failure or error
-            if failure:
-                raise failure
-        return sorted(answers)
-
-    def _fill(
-        self,
-        held: dict[int, deque[Block]],
-        method: str,
-        dealer: Dealer,
-        arguments: Callable[[Block], tuple[Any, ...]],
-    ) -> None:
-        for depth in range(IN_FLIGHT):
-            for number, blocks in held.items():
-                if len(blocks) <= depth and (block := dealer.next(len(held))):
-                    self._send(number, method, arguments(block))
-                    blocks.append(block)
-
-    def server(self, method: str, *arguments: Any) -> Any:
-        """Run `method` of the server.
-
-        Raises:
-            LostError: If the server died; whether it has run the method is not known then.
-            Exception: What the server raised.
-        """
-        server = len(self._ends) - 1
-        with self._hung_up_if_cut():
-            self._send(server, method, arguments)
-            return self._receive(server)
-
-    def _send(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        self._unanswered += 1
+    def send(self, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
+        """Have a worker run `method`; LostError if it cannot be connected."""
+        end = self._end(worker)
         with suppress(OSError):  # who has died will not answer
-            self._ends[number].send((method, arguments))
+            if worker not in self._told:
+                self._told.add(worker)
+                end.send((None, self._shared))
+            end.send((method, arguments))
+
+    def _end(self, number: int) -> Connection:
+        if number not in self._ends:
+            with suppress(OSError):
+                self._connect([number])
+        if number not in self._ends:
+            raise LostError
+        return self._ends[number]
+
+    def wait(self, workers: Sequence[int], timeout: float | None) -> int | None:
+        """Return one of these workers that has an answer, or None."""
+        ends = {self._ends[worker]: worker for worker in workers}
+        ready = wait(list(ends), timeout)
+        return ends[ready[0]] if ready else None  # type: ignore[index]
+
+    def receive(self, worker: int) -> Any:
+        """Return a worker's next answer; see `Carrier`."""
+        return self._receive(worker)
 
     def _receive(self, number: int) -> Any:
         try:
             value, error = self._ends[number].recv()
         except (EOFError, OSError):
-            raise LostError(number if number < len(self._ends) - 1 else None) from None
-        self._unanswered -= 1
+            self.drop(number)
+            raise LostError from None
         if error:
             raise error
         return value
 
-    @contextmanager
-    def _hung_up_if_cut(self) -> Iterator[None]:
-        """Hang up if answers are still to come: they would be taken for those to later messages."""
+    def drop(self, worker: int) -> None:
+        """Hang up; a worker that is at work ends that first."""
+        if worker in self._ends:
+            self._ends.pop(worker).close()
+        self._told.discard(worker)
+        if worker != self._server:
+            self._held[worker].clear()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Have the server run `method`; see `Carrier`."""
+        end = self._end(self._server)
         try:
-            yield
-        finally:
-            if self._unanswered:
-                self.close()
+            with suppress(OSError):  # if it has died it will not answer
+                end.send((method, arguments))
+            return self._receive(self._server)
+        except BaseException:
+            # Perhaps its answer is still to come: it would be taken for that to a later message.
+            self.drop(self._server)
+            raise
 
     def close(self) -> None:
-        """Hang up; actors that are at work end that first."""
-        for end in self._ends:
-            end.close()
-        self._ends.clear()
-        self._held.clear()
-        self._unanswered = 0
+        """Hang up everywhere."""
+        for number in list(self._ends):
+            self.drop(number)

@@ -64,7 +64,7 @@ class Pool:
     def first(self, count: int) -> Runtime:
         """Return the runtime with the first `count` workers only, and no wires: a cluster has none."""
         part = copy.copy(self.runtime)
-        part.pool = WorkerPool([worker for worker, _ in self._ordered[:count]])
+        part.pool = WorkerPool([worker for worker, _ in self._ordered[:count]], self.runtime.server)
         return part
 
     def nodes(self, count: int) -> int:
