@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ class Tracker:
         Raises:
             ConfigError: If the store cannot be reached.
         """
-        self.uri = uri
+        self.uri, self.remote = uri, urlsplit(uri).scheme in ("http", "https")
         # A wrong address should be told in seconds, not after MLflow's many minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -146,7 +147,8 @@ class Tracker:
 class TrackedRun:
     """One MLflow run.
 
-    While MLflow is away, metrics of rounds wait in memory and all else is tried again with patience.
+    Metrics of rounds go to a server while the next rounds run; a file is written at once, because that takes the
+    driver's own time either way. While MLflow is away they wait in memory; all else is tried again with patience.
     """
 
     def __init__(self, tracker: Tracker, run_id: str, rounds_logged: int = 0) -> None:
@@ -154,6 +156,8 @@ class TrackedRun:
         self.client, self.run_id, self._rounds_logged = tracker.client, run_id, rounds_logged
         self._buffer: list[tuple[str, float, int, int]] = []
         self._next_try = 0.0
+        self._remote = tracker.remote
+        self._writing = threading.Lock()
 
     def params(self, nested: Mapping[str, Any]) -> None:
         """Log settings under their dotted paths; those already logged are left alone."""
@@ -188,8 +192,11 @@ class TrackedRun:
         names |= {"clients_dropped", "clients_late", "late_bytes", "simulated_seconds"}
         values = {name: record[name] for name in names if record.get(name) is not None}
         self.metrics({**values, "rejected": record["clients_rejected"]}, record["round"])
-        if "ACC" in record and time.monotonic() >= self._next_try:
-            self._try_flush()
+        if "ACC" in record and time.monotonic() >= self._next_try and not self._writing.locked():
+            if self._remote:
+                threading.Thread(target=self._try_flush, daemon=True).start()
+            else:
+                self._try_flush()
 
     def _try_flush(self) -> None:
         """Write the noted metrics if MLflow is there; else keep them for a later try."""
@@ -230,10 +237,11 @@ class TrackedRun:
         """
         from mlflow.entities import Metric
 
-        while self._buffer:
-            rows = [Metric(*row) for row in self._buffer[:METRICS_PER_BATCH]]
-            patiently(lambda rows=rows: self.client.log_batch(self.run_id, metrics=rows), patience)  # type: ignore[misc]
-            del self._buffer[:METRICS_PER_BATCH]
+        with self._writing:
+            while self._buffer:
+                rows = [Metric(*row) for row in self._buffer[:METRICS_PER_BATCH]]
+                patiently(lambda rows=rows: self.client.log_batch(self.run_id, metrics=rows), patience)  # type: ignore[misc]
+                del self._buffer[: len(rows)]
 
     def dataset(self, dataset: Dataset, source: str) -> None:
         """Log which data set the run used, by name, digest and size."""

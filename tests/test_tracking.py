@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
@@ -84,6 +85,27 @@ def test_a_server_that_is_away_costs_no_metric_and_doubles_none(tracker: Tracker
     assert sorted((metric.step, metric.value) for metric in history) == [(r, r / 30) for r in range(30)]
     found = client.get_run(run.run_id)
     assert (found.info.status, found.data.tags["late"], found.data.params["a.b"]) == ("FINISHED", "yes", "1")
+
+
+def test_rounds_do_not_wait_for_a_server(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.remote = True
+    run = start(tracker)
+    answers, asked, plain = Event(), Event(), run.client.log_batch
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        asked.set()
+        answers.wait()
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(run.client, "log_batch", slow, raising=False)
+    for round_ in range(20):
+        run.round({**RECORD, "round": round_, "ACC": round_ / 20})
+        assert asked.wait(10), "the first round is sent at once"
+    assert not run.client.get_metric_history(run.run_id, "ACC")
+    Timer(0.1, answers.set).start()
+    run.finish()
+    history = run.client.get_metric_history(run.run_id, "ACC")
+    assert sorted((metric.step, metric.value) for metric in history) == [(r, r / 20) for r in range(20)]
 
 
 def test_a_start_is_repeated_without_a_second_run(tracker: Tracker, clock: Clock) -> None:
