@@ -110,13 +110,13 @@ def _where(dataset: Dataset, per_round: int) -> dict[str, Any]:
     width = spec.config.chunk_width(per_round, DEVICE)
     tasks = [ChunkTask(0, part) for part in split_evenly(spec.cohort(0), width)]
     weights = session.model.initial_weights().to(DEVICE)
-    schedules = [[spec.schedule(0, client) for client in task.clients] for task in tasks]
+    schedules = [spec.schedules(0, task.clients) for task in tasks]
     batches = [np.stack([batch for (batch,) in chunk]) for chunk in schedules]
     step = VectorizedTrainer(session.model, session.train_data, RATE)._first_step
     taken = [session.train_data.take(part) for part in batches]
     ms = {
         "whole": timed(lambda: run_chunks(session, weights, {}, tasks, 0)[0].cpu()),
-        "drawing_batches": timed(lambda: [spec.schedule(0, client) for task in tasks for client in task.clients]),
+        "drawing_batches": timed(lambda: [spec.schedules(0, task.clients) for task in tasks]),
         "taking_images": timed(lambda: [session.train_data.take(part) for part in batches]),
         "training": timed(lambda: [step(weights, *part) for part in taken]),
         "training_kernel_by_kernel": timed(lambda: [step.function(weights, *part) for part in taken]),

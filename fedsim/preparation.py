@@ -81,7 +81,7 @@ def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:
     cohort = spec.cohort(round_)[: spec.config.audit.victims]
     if not cohort:
         raise ConfigError(f"audit.payload: training: no client reports in time in round {round_}")
-    schedules = {client: spec.schedule(round_, client) for client in cohort}
+    schedules = dict(zip(cohort, spec.schedules(round_, cohort), strict=True))
     images = {client: np.concatenate(batches) for client, batches in schedules.items()}
     able = [c for c in cohort if len(set(map(len, schedules[c]))) == 1 and len(set(images[c])) == len(images[c])]
     if not able:

@@ -119,7 +119,7 @@ def run_chunk(session: Session, weights: Tensor, public: Public, task: ChunkTask
         A client whose update is not finite, or has not the model's size, has no weight.
     """
     start = time.perf_counter()
-    schedules = [session.spec.schedule(task.round, client) for client in task.clients]
+    schedules = session.spec.schedules(task.round, task.clients)
     result = session.trainer.train(weights, schedules)
     trained = _now(weights.device)
     protected = _protect(session, weights, public, task, schedules, result)

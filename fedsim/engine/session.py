@@ -20,7 +20,7 @@ from fedsim.learning.execution import build_trainer
 from fedsim.learning.models import Model, build_model
 from fedsim.learning.training import LocalTrainer
 from fedsim.participation import Participation, participation
-from fedsim.randomness import Purpose, numpy_stream, torch_stream
+from fedsim.randomness import Purpose, numpy_streams, torch_streams
 
 T = TypeVar("T")
 Handle = tuple[str, list[Any]]
@@ -64,10 +64,17 @@ class SessionSpec:
 
     def schedule(self, round_: int, client: int) -> list[Indices]:
         """Draw the batches of one client in one round."""
+        return self.schedules(round_, [client])[0]
+
+    def schedules(self, round_: int, clients: Sequence[int]) -> list[list[Indices]]:
+        """Draw the batches of some clients in one round."""
         federation = self.config.federation
-        rng = numpy_stream(self.config.seed, Purpose.BATCHES, round_, client)
-        indices = self.partition.client(client)
-        return local_batches(indices, rng, federation.batch_size, federation.local_steps, federation.local_epochs)
+        how = federation.batch_size, federation.local_steps, federation.local_epochs
+        streams = numpy_streams(self.config.seed, Purpose.BATCHES, round_, last=clients)
+        return [
+            local_batches(self.partition.client(client), rng, *how)
+            for client, rng in zip(clients, streams, strict=True)
+        ]
 
 
 class Lazy(Sequence[T]):
@@ -158,7 +165,7 @@ class Session:
             model=self.model,
             weights=weights,
             batches=Lazy(lambda: self._client_batches(batches)),
-            generators=Lazy(lambda: [torch_stream(seed, purpose, round_, s, device=device) for s in streams]),
+            generators=Lazy(lambda: torch_streams(seed, purpose, round_, last=streams, device=device)),
             public=public,
             local_steps=local_steps,
         )

@@ -66,5 +66,6 @@ def local_batches(
     batches: list[Indices] = []
     while len(batches) < steps:
         order = rng.permutation(indices)
-        batches += [order[at : at + size] for at in range(0, len(order) - size + 1, size)]
-    return batches[:steps]
+        taken = min(len(order) // size, steps - len(batches))
+        batches += [order[at : at + size] for at in range(0, taken * size, size)]
+    return batches
