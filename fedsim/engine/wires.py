@@ -176,13 +176,9 @@ class Wires:
 
     def receive(self, worker: int) -> Any:
         """Return a worker's next answer; see `Carrier`."""
-        return self._receive(worker)
-
-    def _receive(self, number: int) -> Any:
         try:
-            value, error = self._ends[number].recv()
+            value, error = self._ends[worker].recv()
         except (EOFError, OSError):
-            self.drop(number)
             raise LostError from None
         if error:
             raise error
@@ -202,7 +198,7 @@ class Wires:
         try:
             with suppress(OSError):  # if it has died it will not answer
                 end.send((method, arguments))
-            return self._receive(self._server)
+            return self.receive(self._server)
         except BaseException:
             # Perhaps its answer is still to come: it would be taken for that to a later message.
             self.drop(self._server)
