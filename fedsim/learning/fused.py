@@ -183,7 +183,7 @@ class _Convolution(_Layer):
             return self._gradient(slope, x, by="input")
         if self.filters is None:
             self.filters = sub_pixel_filters(self.layer.weight.detach(), stride, self.layer.padding[0], reach)
-        return F.pixel_shuffle(F.conv2d(slope, self.filters, padding=reach), stride)
+        return shuffle_pixels(F.conv2d(slope, self.filters, padding=reach), stride)
 
     def _gradient(self, slope: Tensor, x: Tensor, by: Literal["input", "weight"]) -> Tensor:
         layer = self.layer
@@ -217,12 +217,27 @@ def sub_pixel_filters(weight: Tensor, stride: int, padding: int, reach: int) -> 
         reach: See `sub_pixel_reach`.
 
     Returns:
-        Filters of shape [I · s · s, O, 2 · reach + 1, 2 · reach + 1], channels-last, for a padding of `reach`.
+        Filters of shape [s · s · I, O, 2 · reach + 1, 2 · reach + 1], channels-last, for a padding of `reach`.
     """
     outputs, inputs, size, _ = weight.shape
     taps = 2 * reach + 1
     first = reach * stride - padding
     last = taps * stride - size - first
     spread = F.pad(weight, (first, last, first, last)).view(outputs, inputs, taps, stride, taps, stride)
-    filters = spread.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(-1, outputs, taps, taps)
+    filters = spread.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(-1, outputs, taps, taps)
     return filters.contiguous(memory_format=torch.channels_last)
+
+
+def shuffle_pixels(images: Tensor, stride: int) -> Tensor:
+    """Spread the channels of each pixel over stride² pixels: [N, s · s · C, H, W] → [N, C, s · H, s · W].
+
+    PyTorch's `pixel_shuffle` wants the channels in the order [C, s, s]. In this one those of a pixel stay side by
+    side in channels-last images, and the shuffle takes a third of the time.
+    """
+    if stride == 1:
+        return images
+    count, channels, height, width = images.shape
+    own = channels // stride**2
+    parts = images.permute(0, 2, 3, 1).reshape(count, height, width, stride, stride * own)
+    pixels = parts.transpose(2, 3).reshape(count, stride * height, stride * width, own)
+    return pixels.permute(0, 3, 1, 2)

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 from fedsim.errors import ConfigError
 from fedsim.learning import fused
 from fedsim.learning.batches import ImageStore
-from fedsim.learning.fused import FusedTrainer, check_fusable, sub_pixel_filters, sub_pixel_reach
+from fedsim.learning.fused import (
+    FusedTrainer,
+    check_fusable,
+    shuffle_pixels,
+    sub_pixel_filters,
+    sub_pixel_reach,
+)
 from fedsim.learning.models import ConvNet64Config, MLPConfig, Model, build_model
 
 SHAPE = (2, 6, 5)
@@ -90,7 +96,21 @@ def test_shuffled_pixels_are_the_gradient_by_the_input(
     slope = torch.randn(y.shape)
     (expected,) = torch.autograd.grad(y, x, slope)
     filters = sub_pixel_filters(layer.weight.detach(), stride, padding, reach)
-    assert torch.allclose(F.pixel_shuffle(F.conv2d(slope, filters, padding=reach), stride), expected, atol=1e-5)
+    assert torch.allclose(shuffle_pixels(F.conv2d(slope, filters, padding=reach), stride), expected, atol=1e-5)
+
+
+@given(
+    stride=st.integers(1, 3),
+    shape=st.tuples(*[st.integers(1, 4)] * 4),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_pixels_are_shuffled_as_by_pytorch_but_for_the_order_of_channels(
+    stride: int, shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    count, channels, height, width = shape
+    images = torch.randn(count, channels, stride**2, height, width)
+    ours = images.transpose(1, 2).flatten(1, 2).contiguous(memory_format=layout)
+    assert torch.equal(shuffle_pixels(ours, stride), F.pixel_shuffle(images.flatten(1, 2), stride))
 
 
 def test_only_convolutions_that_reach_as_far_to_each_side_have_sub_pixel_filters() -> None:
