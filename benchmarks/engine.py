@@ -102,7 +102,9 @@ def timed(run: Callable[[int], object], rounds: int, first: int) -> float:
 
 def peer_seconds(command: str) -> float:
     """Return the median seconds of a round that a peer reports on its last line."""
-    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}\n{command} failed, see above")
     return float(json.loads(done.stdout.splitlines()[-1])["seconds_per_round_median"])
 
 
