@@ -111,8 +111,9 @@ class Federation:
         """Return what carries a round of chunks of `width` clients."""
         pool = self.runtime.pool
         small = self._parameters <= MOST_PARAMETERS and width <= MOST_CLIENTS
-        wired = pool.wires and small and pool.wires.connect(self._handle, pool.recovering)
-        return pool.wires if pool.wires and wired else pool.calls
+        if pool.wires and small and pool.wires.connect(self._handle, pool.recovering):
+            return pool.wires
+        return pool.calls
 
     def _compute(self, this: Round, tasks: list[ChunkTask], width: int, carrier: Carrier) -> list[Call]:
         """Let the workers train the clients; return the calls that did it: a sum and the chunks' reports each."""
