@@ -22,8 +22,8 @@ from fedsim.learning.batches import ImageStore, Indices
 from fedsim.learning.models import Model
 from fedsim.learning.training import LocalResult, LoopTrainer, MemoryFormat
 
-IMAGES = 256
-"""Images in a pass, unless one client has more: a pass has its price, and so have activations beyond a cache."""
+IMAGES = 512
+"""Images in a pass, unless one client has more: a pass has its price, activations take memory."""
 
 
 class FusedTrainer:
