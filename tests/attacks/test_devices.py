@@ -15,7 +15,7 @@ from fedsim.engine.chunks import AttackJob
 from fedsim.engine.server import ServerSession
 from fedsim.engine.session import Session
 from fedsim.preparation import prepare
-from fedsim.randomness import torch_stream
+from fedsim.randomness import torch_stream, torch_streams
 from tests.pretended_gpu import GPU, PretendedGPU
 
 # PLD is missing: it makes a generator for the device itself, and a generator cannot pretend.
@@ -40,8 +40,9 @@ ATTACKS: list[dict[str, Any]] = [
 def streams_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generator cannot pretend."""
     on_cpu = lambda *arguments, device="cpu": torch_stream(*arguments)  # noqa: E731
-    for module in (learning, session):
-        monkeypatch.setattr(module, "torch_stream", on_cpu)
+    monkeypatch.setattr(learning, "torch_stream", on_cpu)
+    all_on_cpu = lambda *arguments, last, device="cpu": torch_streams(*arguments, last=last)  # noqa: E731
+    monkeypatch.setattr(session, "torch_streams", all_on_cpu)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack["name"])
