@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from fedsim.seeding import Seeded, seed_words, split_words
 
+TOGETHER = 7
+"""Seeds from which on it is faster to make them together (`benchmarks/streams.py`)."""
+
 
 class Purpose(IntEnum):
     """What a stream of random numbers is for; the values are part of the result, so never reuse one."""
@@ -58,7 +61,9 @@ def _generator(word: np.uint64, device: torch.device | str) -> torch.Generator:
 
 
 def numpy_streams(seed: int, purpose: Purpose, *counters: int, last: Sequence[int]) -> list[np.random.Generator]:
-    """Return `numpy_stream(seed, purpose, *counters, item)` for each item of `last`, of 32 bits at most."""
+    """Return `numpy_stream(seed, purpose, *counters, item)` for each item of `last`."""
+    if not _together(last):
+        return [numpy_stream(seed, purpose, *counters, item) for item in last]
     words = _words(seed, purpose, counters, last, 2)
     return [np.random.Generator(np.random.Philox(Seeded(row))) for row in words]  # type: ignore[arg-type]
 
@@ -66,8 +71,14 @@ def numpy_streams(seed: int, purpose: Purpose, *counters: int, last: Sequence[in
 def torch_streams(
     seed: int, purpose: Purpose, *counters: int, last: Sequence[int], device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
-    """Return `torch_stream(seed, purpose, *counters, item)` for each item of `last`, of 32 bits at most."""
+    """Return `torch_stream(seed, purpose, *counters, item)` for each item of `last`."""
+    if not _together(last):
+        return [torch_stream(seed, purpose, *counters, item, device=device) for item in last]
     return [_generator(word, device) for (word,) in _words(seed, purpose, counters, last, 1)]
+
+
+def _together(last: Sequence[int]) -> bool:
+    return len(last) >= TOGETHER and max(last) < 2**32
 
 
 def _words(
