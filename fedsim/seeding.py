@@ -1,7 +1,7 @@
 """NumPy's `SeedSequence` for many seeds at once: the same words, in a fraction of the time a seed.
 
-A round seeds a stream or two for each client. One by one they take 14 µs each, of 13 clients together 9 and of 128
-five (`python -m benchmarks.streams`); a GPU trains one of 128 clients in 16.
+A round seeds a stream or two for each client. One by one they take 15 µs each, of 13 clients together 9 and of 128
+five (`python -m benchmarks.streams`); a GPU trains one of 128 clients in 16 (docs/engine.md).
 
 Source: O'Neill, "Developing a seed_seq alternative", 2015; the constants and their order are those of NumPy, which
 promises not to change what a seed gives (NEP 19; `numpy.random.SeedSequence`).

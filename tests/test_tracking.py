@@ -94,7 +94,7 @@ def test_rounds_do_not_wait_for_a_server(tracker: Tracker, monkeypatch: pytest.M
 
     def slow(*arguments: Any, **named: Any) -> Any:
         asked.set()
-        answers.wait()
+        answers.wait(10)  # who waits for this has failed
         return plain(*arguments, **named)
 
     monkeypatch.setattr(run.client, "log_batch", slow, raising=False)

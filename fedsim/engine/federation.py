@@ -251,7 +251,7 @@ class Federation:
                 if self.faults.server_restarts > SERVER_RESTARTS:
                     raise RunError(f"round {round_}: the parameter server keeps dying") from None
                 self._open(self._output.state)
-                carrier = self.runtime.pool.calls
+                carrier = self.runtime.pool.calls  # which work wherever the new process is
             else:
                 self._keep(output)
                 return output.seconds

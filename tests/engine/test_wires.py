@@ -178,7 +178,7 @@ def test_processes_that_die_between_rounds_cost_no_client(own: Runtime, digits: 
 
     federation = run(config, digits, own, kill)
     assert federation.faults.workers_lost == 1
-    assert federation.faults.server_restarts >= 1
+    assert federation.faults.server_restarts == 1
     assert np.array_equal(federation.weights(), by_calls(config, digits, own))
 
 
