@@ -1,6 +1,8 @@
 # Two commands do everything on a machine with Python ≥ 3.11 and make: `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests; each starts a Ray of its own with two workers.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # The environment is made anew whenever the pinned requirements change.
 STAMP := $(VENV)/.requirements-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
@@ -12,7 +14,7 @@ demo: $(STAMP)  ## both tables on the embedded digits, offline, and the report
 	@echo "Now open runs/quick/report.html, or browse everything with: $(BIN)/fedsim ui"
 
 test: lint types $(STAMP)  ## lint, format, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-cluster: $(STAMP)  ## `ray up` on several hosts on this machine; root, iproute2, openssh-server, rsync
 	$(BIN)/python -m pytest -m cluster tests/cluster

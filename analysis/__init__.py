@@ -1,5 +1,1 @@
-"""Tables, figures and the report of a comparison, from what MLflow holds of it."""
-
-from analysis.write import write_all
-
-__all__ = ["write_all"]
+"""Tables, figures and reports, from what MLflow holds of comparisons, sweeps and scaling studies."""

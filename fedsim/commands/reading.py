@@ -46,7 +46,7 @@ def write_sweep_report(uri: str, name: str | None, root: Path, console: Any) -> 
 
 def write_report(uri: str, name: str | None, root: Path, console: Any) -> None:
     """Print the tables and write tables, figures and report below `root`."""
-    from analysis import write_all
+    from analysis.write import write_all
     from analysis.load import load_comparison
     from analysis.tables import print_tables
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import write, write_all
+from analysis import write
 from analysis.figures import draw_all
 from analysis.frames import CellKey
 from analysis.grids import reconstruction_grid
@@ -91,7 +91,7 @@ def test_what_comes_from_outside_is_escaped(store: Store) -> None:
 
 def test_a_comparison_of_one_cell_still_gives_all(store: Store, tmp_path: Path) -> None:
     store.comparison("single", [Cell("gia", "cifar10", "none", [20.0])])
-    written = write_all(store.uri, "single", tmp_path)
+    written = write.write_all(store.uri, "single", tmp_path)
     assert "table_gia.md" in written
     assert "figures/overhead_gia.png" not in written
     assert "figures/grid_gia_cifar10.png" not in written
@@ -109,7 +109,7 @@ def test_a_failure_leaves_what_was_there(
 
     monkeypatch.setattr(write, "report_html", fail)
     with pytest.raises(OSError, match="no space"):
-        write_all(store.uri, small, tmp_path)
+        write.write_all(store.uri, small, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "report.html"]
     assert (tmp_path / "report.html").read_text() == "former"
 
