@@ -14,7 +14,7 @@ demo: $(STAMP)  ## both tables on the embedded digits, offline, and the report
 	@echo "Now open runs/quick/report.html, or browse everything with: $(BIN)/fedsim ui"
 
 test: lint types $(STAMP)  ## lint, format, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-cluster: $(STAMP)  ## `ray up` on several hosts on this machine; root, iproute2, openssh-server, rsync
 	$(BIN)/python -m pytest -m cluster tests/cluster

@@ -38,7 +38,7 @@ class Loads(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(store: Store, small: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(store.uri, small, tmp_path_factory.mktemp("output"))
+    return write.write_all(store.uri, small, tmp_path_factory.mktemp("output"))
 
 
 def test_everything_is_written(written: dict[str, Path]) -> None:
