@@ -46,9 +46,9 @@ def write_sweep_report(uri: str, name: str | None, root: Path, console: Any) -> 
 
 def write_report(uri: str, name: str | None, root: Path, console: Any) -> None:
     """Print the tables and write tables, figures and report below `root`."""
-    from analysis.write import write_all
     from analysis.load import load_comparison
     from analysis.tables import print_tables
+    from analysis.write import write_all
 
     comparison = load_comparison(uri, name)
     print_tables(comparison, console)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import TracebackType
 
 PREFIX = "fedsim-"
 LOCK = "driver.lock"
@@ -14,7 +15,7 @@ YOUNG_SECONDS = 60
 
 
 class Scratch:
-    """A folder that belongs to this process for as long as it holds a lock on a file in it."""
+    """A folder that belongs to this process for as long as it holds a lock on a file in it; a context manager."""
 
     def __init__(self) -> None:
         """Remove what dead drivers have left, and make a folder of one's own."""
@@ -27,6 +28,19 @@ class Scratch:
         """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+    def __enter__(self) -> Path:
+        """Return the folder."""
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove it."""
+        self.remove()
 
 
 def remove_abandoned(where: Path) -> None:

@@ -8,7 +8,6 @@ have slept a call through Ray takes 1 to 5 ms, a message through a socket less t
 import logging
 import pickle
 import secrets
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from fedsim.engine.carriers import LostError
+from fedsim.engine.scratch import Scratch
 from fedsim.engine.session import Handle
 from fedsim.errors import FedsimError
 
@@ -124,13 +124,13 @@ class Wires:
             return
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.
-        with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
-            started = {number: self._start(number, f"{folder}/{number}", key) for number in missing}
+        with Scratch() as folder:
+            started = {number: self._start(number, str(folder / f"{number}"), key) for number in missing}
             for number, references in started.items():
                 with suppress(RayActorError, ConnectionError, EOFError):  # it has died: messages will find out
                     ray.get(references)
                     if number not in self._ends:
-                        self._ends[number] = Client(f"{folder}/{number}", "AF_UNIX", authkey=key)
+                        self._ends[number] = Client(str(folder / f"{number}"), "AF_UNIX", authkey=key)
                     if self._simulation and number != self._server:
                         self._held[number].add(self._simulation[0])
 

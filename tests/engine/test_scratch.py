@@ -24,12 +24,10 @@ def age(folder: Path) -> None:
 def test_what_a_killed_driver_left_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
     (tmp_path / "fedsim-notes").mkdir()
     left = Path(subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True).stdout.strip())
-    alive = Scratch()
-    assert left.exists(), "too young to be told from one in the making"
-    age(left)
-    age(alive.path)
-    mine = Scratch()
-    assert {path.name for path in tmp_path.iterdir()} == {"fedsim-notes", alive.path.name, mine.path.name}
-    alive.remove()
-    mine.remove()
+    with Scratch() as alive:
+        assert left.exists(), "too young to be told from one in the making"
+        age(left)
+        age(alive)
+        with Scratch() as mine:
+            assert {path.name for path in tmp_path.iterdir()} == {"fedsim-notes", alive.name, mine.name}
     assert [path.name for path in tmp_path.iterdir()] == ["fedsim-notes"]
