@@ -6,6 +6,9 @@ from pathlib import Path
 
 from fedsim.errors import ConfigError, RunError
 
+UNFINISHED = ".tmp"
+"""How the names of files end that are still being written: what a killed process leaves of one is nothing."""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file or none: to a temporary name, flushed to disk, then renamed.
@@ -13,7 +16,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         RunError: If it cannot be written; a file that was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -48,5 +51,5 @@ def check_folder(
             raise ConfigError(f"{folder} holds another {kind}; {instead}")
         if not resume:
             raise ConfigError(f"{folder} holds this {kind} already; --resume goes on with it, or {instead}")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not all(path.name.endswith(UNFINISHED) for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no {kind}; {instead}")

@@ -4,7 +4,7 @@ The loop is `_Run.train`; start reading there.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fedsim.defenses.none import NoDefenseConfig
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
 from fedsim.engine.federation import Federation
 from fedsim.engine.overhead import Overhead, measure_overhead
+from fedsim.engine.pool import Faults
 from fedsim.engine.rounds import RoundRecord
 from fedsim.engine.runtime import Runtime
 from fedsim.engine.session import SessionSpec
@@ -30,6 +31,9 @@ from fedsim.results import (
 from fedsim.tracking import TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 10
+"""How long a run that has failed or was interrupted tries to tell MLflow; a resume logs what did not get there."""
 
 
 class Simulation:
@@ -107,7 +111,7 @@ class Simulation:
             result = _Run(self, runtime, tracked).train()
         except BaseException as error:
             if tracked:
-                tracked.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+                _finish_quietly(tracked, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         if tracked:
             tracked.result(result, self.folder)
@@ -154,10 +158,11 @@ class _Run:
             CheckpointFolder(self.folder.checkpoints, self.config.fingerprint()) if self.folder else None
         )
         checkpoint = self.checkpoints.latest() if self.checkpoints else None
-        self.history: list[dict[str, Any]] = checkpoint.history if checkpoint else []
+        self.before = checkpoint or Checkpoint(0, {}, [])
+        self.history: list[dict[str, Any]] = list(self.before.history)
         self.saved = len(self.history)
         self.federation = Federation(
-            self.spec, self.dataset, runtime, checkpoint.state if checkpoint else None, self.saved
+            self.spec, self.dataset, runtime, self.before.state if checkpoint else None, self.saved
         )
         self.auditor = Auditor(simulation.prepared, self.federation, self.folder, self.reporter)
 
@@ -167,16 +172,16 @@ class _Run:
         self.reporter.begin(self.config.name, rounds, done=len(self.history))
         try:
             self.auditor.reload()
-            self._log_history()
+            self._evaluate()
+            self._log(self.history)
             for round_ in range(len(self.history), rounds):
                 self.auditor.attack_round(round_)
-                record = self._as_record(self.federation.run_round(round_))
-                if self._due(round_, self.config.federation.evaluate_every):
-                    record["ACC"], record["test_loss"] = self.federation.evaluate()
-                self._note(record)
+                self.history.append(self._as_record(self.federation.run_round(round_)))
+                self._evaluate()
+                self._log(self.history[-1:])
                 if self._due(round_, self.config.checkpoint_every):
                     self._checkpoint()
-                self.reporter.round(record)
+                self.reporter.round(self.history[-1])
             self.auditor.attack_round(rounds)
             return self._finish(self._overhead())
         except (Exception, KeyboardInterrupt):
@@ -193,20 +198,21 @@ class _Run:
             except Exception as error:  # whatever it is, the first error is the one to tell
                 log.warning("the rounds after %d are lost: %s", self.saved, error)
 
-    def _log_history(self) -> None:
-        """Log the checkpoint's rounds that had not come to MLflow when the process before this one died."""
+    def _evaluate(self) -> None:
+        """Evaluate the present weights if that is due and not done: an interruption may have come before it."""
+        for newest in self.history[-1:]:
+            if "ACC" not in newest and self._due(newest["round"], self.config.federation.evaluate_every):
+                newest["ACC"], newest["test_loss"] = self.federation.evaluate()
+
+    def _log(self, records: Sequence[dict[str, Any]]) -> None:
+        """Log those rounds that MLflow does not have: of a checkpoint's it may lack some, or hold later ones."""
         if self.tracked:
-            for record in self.history:
+            for record in records:
                 self.tracked.round(record)
 
     def _due(self, round_: int, every: int) -> bool:
         done = round_ + 1
         return done % every == 0 or done == self.config.federation.rounds
-
-    def _note(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
-        if self.tracked:
-            self.tracked.round(record)
 
     def _as_record(self, outcome: RoundRecord) -> dict[str, Any]:
         if outcome.rejected:
@@ -220,8 +226,10 @@ class _Run:
 
     def _checkpoint(self) -> None:
         if self.checkpoints:
-            state = Checkpoint(len(self.history), self.federation.state(), self.history)
-            self.reporter.saved(self.checkpoints.save(state))
+            state, (faults, by_wire) = self.federation.state(), self._tally()
+            self.reporter.saved(
+                self.checkpoints.save(Checkpoint(len(self.history), state, self.history, faults, by_wire))
+            )
             self.saved = len(self.history)
 
     def _overhead(self) -> Overhead | None:
@@ -238,7 +246,13 @@ class _Run:
             plain.close()
             defended.close()
 
+    def _tally(self) -> tuple[Faults, int]:
+        """Return the faults, and how many rounds wires carried, also in the processes before this one."""
+        by_wire = self.before.rounds_by_wire + self.federation.rounds_by_wire
+        return self.before.faults.plus(self.federation.faults), by_wire
+
     def _finish(self, overhead: Overhead | None) -> SimulationResult:
+        faults, by_wire = self._tally()
         result = summarize(
             self.config,
             self.history,
@@ -246,13 +260,21 @@ class _Run:
             self.federation.weights(),
             self.auditor.floors(),
             overhead,
-            self.federation.faults,
+            faults,
             self.federation.execution,
-            "wires" if self.federation.rounds_by_wire else "calls",
+            "wires" if by_wire else "calls",
         )
         if self.folder:
             self.folder.save_result(result)
         return result
+
+
+def _finish_quietly(tracked: TrackedRun, status: str) -> None:
+    """End a run in MLflow after an error: that is the one to tell, and soon, whatever MLflow says."""
+    try:
+        tracked.finish(status, patience=LAST_WORDS_SECONDS)
+    except Exception as error:
+        log.warning("the run's end is not in MLflow: %s", error)
 
 
 def _named(rejected: Mapping[int, str], most: int = 8) -> str:

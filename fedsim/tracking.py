@@ -264,10 +264,14 @@ class TrackedRun:
         store = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         patiently(lambda: store(self.run_id, str(path), folder))
 
-    def finish(self, status: str = "FINISHED") -> None:
-        """Write what is noted and end the run as FINISHED, FAILED or KILLED."""
-        self.flush()
-        patiently(lambda: self.client.set_terminated(self.run_id, status))
+    def finish(self, status: str = "FINISHED", patience: float | None = None) -> None:
+        """Write what is noted and end the run as FINISHED, FAILED or KILLED.
+
+        Raises:
+            RunError: If MLflow stays away for `patience` seconds.
+        """
+        self.flush(patience)
+        patiently(lambda: self.client.set_terminated(self.run_id, status), patience)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

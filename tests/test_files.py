@@ -36,6 +36,14 @@ def test_a_free_folder_is_accepted_and_left_as_it_is(tmp_path: Path, resume: boo
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_has_left_of_a_file_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".sweep.yaml.tmp").write_text("mi")
+    check(tmp_path, same=True, resume=True)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        check(tmp_path, same=True, resume=True)
+
+
 def test_a_folder_that_holds_the_same_is_gone_on_with_when_asked(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("mine")
     check(tmp_path, same=True, resume=True)

@@ -21,6 +21,7 @@ from fedsim.defenses.base import ClientContext, Defense
 from fedsim.defenses.graddefense import GradDefenseConfig
 from fedsim.engine import pool
 from fedsim.engine.checkpoints import CheckpointFolder
+from fedsim.engine.federation import Federation
 from fedsim.engine.runtime import Runtime
 from fedsim.errors import RunError
 from fedsim.learning.server_optimizers import ServerOptimizerConfig
@@ -142,6 +143,48 @@ def test_after_a_resume(
     resumed = Simulation(experiment(*case), runtime=runtime, dataset=digits, output=tmp_path / "run").run(True)
     assert sha(resumed) == reference[case]
     assert list(resumed.rounds["round"]) == list(range(6))
+
+
+def test_after_an_interruption_in_an_evaluation(
+    runtime: Runtime,
+    digits: Dataset,
+    reference: dict[tuple[str, str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rounds before it are kept, and the evaluation is made up for."""
+    config = experiment("graddefense", checkpoint_every=100)
+
+    def interrupted(self: Federation) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Federation, "evaluate", interrupted)
+        Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run()
+    kept = CheckpointFolder(tmp_path / "run/checkpoints", config.fingerprint()).latest()
+    assert kept is not None and kept.rounds_done == 3
+    resumed = Simulation(config, runtime=runtime, dataset=digits, output=tmp_path / "run").run(resume=True)
+    assert sha(resumed) == reference["graddefense", "sgd"]
+    assert resumed.rounds["ACC"].notna().tolist() == [False, False, True, False, False, True]
+
+
+def test_a_resume_knows_what_happened_before_it(runtime: Runtime, digits: Dataset, tmp_path: Path) -> None:
+    class Kill(Stop):
+        def round(self, record: dict[str, Any]) -> None:
+            if record["round"] == 1:
+                os.kill(ray.get(runtime.server.pid.remote()), signal.SIGKILL)
+            super().round(record)
+
+    config, output = experiment("graddefense"), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        Simulation(config, runtime=runtime, dataset=digits, output=output, reporter=Kill()).run()
+    first = Simulation(config, runtime=runtime, dataset=digits, output=output).run(resume=True).summary
+    assert first["faults"]["server_restarts"] == 1
+    (output / "result.json").unlink()
+    again = Simulation(config, runtime=runtime, dataset=digits, output=output).run(resume=True).summary
+    for name in ("faults", "transport", "model_sha256"):
+        assert again[name] == first[name]
+    assert again["transport"] == "wires"
 
 
 def test_after_checkpoints_that_are_damaged_or_anothers(

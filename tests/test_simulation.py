@@ -16,6 +16,7 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.learning.batches import ImageStore
 from fedsim.preparation import prepare
 from fedsim.simulation import Simulation
+from fedsim.tracking import Tracker
 from tests.conftest import small_experiment
 
 pytestmark = pytest.mark.ray
@@ -167,3 +168,37 @@ def test_local_training_that_repeats_images_cannot_be_audited(digits: Dataset) -
     )
     with pytest.raises(ConfigError, match="use each image once"):
         prepare(config, digits)
+
+
+def test_overhead_is_measured_in_rounds_that_have_their_quorum(runtime: Runtime, digits: Dataset) -> None:
+    config = small_experiment(
+        defense={"name": "gc"},
+        overhead_pairs=3,
+        federation={"rounds": 1, "clients_per_round": 8, "min_clients": 7, "dropout": 0.2},
+    )
+    seeds = (config.model_copy(update={"seed": seed}) for seed in range(1000))
+    cohorts = ((seed, [len(prepare(seed, digits).spec.cohort(number)) for number in range(6)]) for seed in seeds)
+    unlucky = next(config for config, sizes in cohorts if sizes[0] >= 7 and min(sizes[2:6]) < 7)
+    assert Simulation(unlucky, runtime=runtime, dataset=digits).run().summary["overhead"]["pairs"] == 3
+
+
+def test_the_first_error_is_told_whatever_mlflow_says(
+    runtime: Runtime,
+    digits: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(self: Federation) -> None:
+        monkeypatch.setattr("mlflow.MlflowClient.log_batch", gone)
+        raise ValueError("the first error")
+
+    def gone(*arguments: object, **options: object) -> None:
+        raise OSError("the store is gone")
+
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "errors", tmp_path / "artifacts")
+    monkeypatch.setattr(Federation, "evaluate", fail)
+    monkeypatch.setattr("fedsim.simulation.LAST_WORDS_SECONDS", 0)
+    with pytest.raises(ValueError, match="the first error"):
+        Simulation(small_experiment(), runtime=runtime, dataset=digits, tracker=tracker).run()
+    assert "the run's end is not in MLflow: MLflow: the store is gone" in caplog.text

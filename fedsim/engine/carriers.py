@@ -15,6 +15,10 @@ class LostError(Exception):
     """The process that was to answer has died."""
 
 
+class UnusableError(Exception):
+    """A carrier cannot reach a process that lives: another one may."""
+
+
 class Carrier(Protocol):
     """Takes messages to workers, which have numbers, and to the server; a worker answers its messages in order."""
 
@@ -26,6 +30,7 @@ class Carrier(Protocol):
 
         Raises:
             LostError: If it is known to have died; else `receive` will tell.
+            UnusableError: If it lives and cannot be reached; nor can it later.
         """
 
     def wait(self, workers: Sequence[int], timeout: float | None) -> int | None:
@@ -47,6 +52,7 @@ class Carrier(Protocol):
 
         Raises:
             LostError: If the server died; whether it has run the method is not known then.
+            UnusableError: If it lives and cannot be reached.
             Exception: What the method raised.
         """
 

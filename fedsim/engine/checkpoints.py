@@ -1,8 +1,9 @@
 """Checkpoints: atomic, few, and loaded without executing anything (safetensors)."""
 
+import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,33 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedsim.engine.pool import Faults
 from fedsim.engine.server import Arrays
 from fedsim.files import write_atomically
 
 KEEP = 2
+RECORDS = "records"
+"""Name, among the arrays, of all that is none, as JSON: metadata lie in a header that ends at 100 MB."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The server's state after `rounds_done` rounds, with the records of these rounds."""
+    """What a simulation has come to.
+
+    Attributes:
+        rounds_done: Rounds behind it.
+        state: What the server remembers.
+        history: The records of these rounds.
+        faults: What went wrong in them and was repaired.
+        rounds_by_wire: How many of them wires carried.
+    """
 
     rounds_done: int
     state: Arrays
     history: list[dict[str, Any]]
+    faults: Faults = field(default_factory=Faults)
+    rounds_by_wire: int = 0
 
 
 class CheckpointFolder:
@@ -40,15 +54,13 @@ class CheckpointFolder:
             RunError: If the disk is full or not writable; older checkpoints stay as they are.
         """
         path = self.folder / f"round-{checkpoint.rounds_done:06d}.safetensors"
-        metadata = {
-            "fingerprint": self.fingerprint,
-            "rounds_done": str(checkpoint.rounds_done),
-            "history": json.dumps(checkpoint.history),
-        }
-        arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.state.items()}
+        records = {**vars(checkpoint), "faults": asdict(checkpoint.faults)}
+        arrays = {name: np.asarray(array, order="C") for name, array in records.pop("state").items()}
+        arrays[RECORDS] = np.frombuffer(json.dumps(records).encode(), np.uint8)
+        metadata = {"fingerprint": self.fingerprint, "sha256": _digest(arrays)}
         write_atomically(path, save(arrays, metadata))
         # Only older ones are counted and removed: newer ones are damaged or foreign, and will be overwritten.
-        for old in [other for other in self._files() if other < path][: -(KEEP - 1)]:
+        for old in [other for other in self._files() if _rounds(other) < checkpoint.rounds_done][: -(KEEP - 1)]:
             old.unlink(missing_ok=True)
         return path
 
@@ -67,12 +79,31 @@ class CheckpointFolder:
             self.save(self._load(path, foreign=True))
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("round-*.safetensors"))
+        """Return the checkpoints by their rounds; a name that tells none is not one."""
+        return sorted(
+            (p for p in self.folder.glob("round-*.safetensors") if p.stem.removeprefix("round-").isdecimal()),
+            key=_rounds,
+        )
 
     def _load(self, path: Path, foreign: bool = False) -> Checkpoint:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata["fingerprint"] != self.fingerprint and not foreign:
                 raise ValueError("it belongs to another experiment")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(int(metadata["rounds_done"]), state, json.loads(metadata["history"]))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(arrays) != metadata["sha256"]:
+            raise ValueError("its content has changed since it was written")
+        records = json.loads(arrays.pop(RECORDS).tobytes())
+        return Checkpoint(state=arrays, **{**records, "faults": Faults(**records["faults"])})
+
+
+def _rounds(path: Path) -> int:
+    return int(path.stem.removeprefix("round-"))
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.data.datasets import Dataset
 from fedsim.data.public import PublicImages
-from fedsim.engine.carriers import Carrier, LostError, fetch
+from fedsim.engine.carriers import Carrier, LostError, UnusableError, fetch
 from fedsim.engine.chunks import AttackJob, ChunkReport, ChunkTask
 from fedsim.engine.dealing import Dealer, split_evenly
 from fedsim.engine.lessons import Lesson, Scope, shared_key
@@ -94,7 +94,11 @@ class Federation:
         tasks = [ChunkTask(round_, part) for part in split_evenly(this.who.clients, width)]
         carrier = self._carrier(width)
         for _ in range(TRIES):
-            calls = self._compute(this, tasks, width, carrier)
+            try:
+                calls = self._compute(this, tasks, width, carrier)
+            except UnusableError:
+                carrier = self.runtime.pool.calls
+                continue
             reports = [report for call in calls for report in call.value[1]]
             this.check_quorum(reports)
             try:
@@ -128,6 +132,10 @@ class Federation:
             shared=shared,
             carrier=carrier,
         )
+
+    def has_quorum(self, round_: int) -> bool:
+        """Return whether enough clients report back in a round."""
+        return len(self.spec.participation(round_).clients) >= self.spec.config.federation.min_clients
 
     def evaluate(self) -> tuple[float, float]:
         """Return accuracy (0–1) and mean loss of the global weights on the test set."""
@@ -246,6 +254,8 @@ class Federation:
                 output = RoundOutput(
                     *carrier.ask("finish_round", self._handle[0], round_, client_weights, blocks, *sums)
                 )
+            except UnusableError:
+                carrier = self.runtime.pool.calls
             except (LostError, SessionLostError):
                 self.runtime.pool.faults.server_restarts += 1
                 if self.faults.server_restarts > SERVER_RESTARTS:

@@ -36,6 +36,10 @@ class Faults:
         """Return what was added since `before`."""
         return Faults(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
+    def plus(self, others: "Faults") -> "Faults":
+        """Return these and others together."""
+        return Faults(*map(sum, zip(astuple(self), astuple(others), strict=True)))
+
 
 @dataclass
 class Call:
@@ -131,6 +135,8 @@ class WorkerPool:
     def lost(self, worker: int) -> None:
         """Count a worker that died, and do without it until it answers again."""
         self.faults.workers_lost += 1
+        if self.wires:
+            self.wires.drop(worker)  # whoever found it dead
         self.recovering[worker] = self.ping(worker)
 
     def ping(self, worker: int) -> Any:
@@ -212,6 +218,7 @@ class _Dispatch:
         """Take back the calls of a worker that died; blame the one that it was at work on."""
         self.carrier.drop(worker)
         self.pool.lost(worker)
+        self.last_alive = time.monotonic()  # until now it was not away
         at_work, *behind = self.held[worker]
         self.held[worker].clear()
         at_work.failures += 1

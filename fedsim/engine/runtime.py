@@ -66,6 +66,8 @@ class Cluster:
             _on_terminate(signal.default_int_handler)
         except BaseException as error:  # Ray raises a bare Exception when its processes are slow to start
             self.close()
+            if isinstance(error, SystemExit):
+                raise KeyboardInterrupt from None  # SIGTERM, which Ray's handler took for the end
             if not isinstance(error, Exception):
                 raise
             where = address or "this machine"
@@ -120,6 +122,7 @@ class Runtime:
             if gpus:
                 resources["num_gpus"] = config.gpus_per_worker
             count = self._worker_count(gpus)
+            _check_room(count, resources)
             restart = {"max_restarts": -1, "max_task_retries": 0}
             worker = ray.remote(ClientWorker).options(**restart, **resources, **_spread())
             server = ray.remote(ParameterServer).options(**restart, num_cpus=0, scheduling_strategy=_here())
@@ -176,6 +179,23 @@ class Runtime:
     ) -> None:
         """Close the runtime."""
         self.close()
+
+
+def _check_room(workers: int, resources: dict[str, Any]) -> None:
+    """See that Ray has room for so many workers, each of which takes `resources`: it would wait for it for ever.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if get_current_placement_group():
+        return  # a trial's, which holds what its workers need
+    there = ray.cluster_resources()
+    for kind, each in {"CPU": resources["num_cpus"], "GPU": resources.get("num_gpus", 0)}.items():
+        if workers * each > there.get(kind, 0) + 1e-6:  # a GPU's fractions are rounded
+            raise ConfigError(
+                f"runtime.workers: {workers} workers need {workers * each:g} {kind}, but Ray has "
+                f"{there.get(kind, 0):g}; lower it"
+            )
 
 
 def _on_terminate(handler: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from fedsim.engine.carriers import LostError
+from fedsim.engine.carriers import LostError, UnusableError
 from fedsim.engine.scratch import Scratch
 from fedsim.engine.session import Handle
 from fedsim.errors import FedsimError
@@ -102,26 +102,32 @@ class Wires:
             away: Workers not to wait for; a message to one will connect it.
         """
         self._simulation = simulation
-        try:
-            if not self._refused:
-                self._connect(number for number in range(len(self._actors)) if number not in away)
-        except OSError as error:
-            log.warning(
-                "rounds go by Ray's calls, because sockets do not work here: %s", str(error).splitlines()[-1]
-            )
-            self._refused = True
-            self.close()
+        with suppress(UnusableError):
+            self._connect(number for number in range(len(self._actors)) if number not in away)
         return not self._refused
 
     def _connect(self, numbers: Iterable[int]) -> None:
         """Connect those of `numbers` that are alive, and let them open the simulation.
 
         Raises:
-            OSError: If sockets do not work here.
+            UnusableError: If sockets do not work here, now and for good.
         """
         missing = [number for number in numbers if not self._ready(number)]
         if not missing:
             return
+        try:
+            if not self._refused:
+                self._open(missing)
+        except OSError as error:
+            log.warning(
+                "rounds go by Ray's calls, because sockets do not work here: %s", str(error).splitlines()[-1]
+            )
+            self._refused = True
+            self.close()
+        if self._refused:
+            raise UnusableError
+
+    def _open(self, missing: Sequence[int]) -> None:
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.
         with Scratch() as folder:
@@ -152,7 +158,7 @@ class Wires:
         self._told.clear()
 
     def send(self, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
-        """Have a worker run `method`; LostError if it cannot be connected."""
+        """Have a worker run `method`; see `Carrier`."""
         end = self._end(worker)
         with suppress(OSError):  # who has died will not answer
             if worker not in self._told:
@@ -162,8 +168,7 @@ class Wires:
 
     def _end(self, number: int) -> Connection:
         if number not in self._ends:
-            with suppress(OSError):
-                self._connect([number])
+            self._connect([number])
         if number not in self._ends:
             raise LostError
         return self._ends[number]

@@ -1,6 +1,7 @@
 """The worker actor: one process that hosts as many clients as its chunk is wide."""
 
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class ClientWorker(Answering):
             # Its own part of the memory: else one worker's cache could leave the others of this GPU none.
             torch.cuda.set_per_process_memory_fraction(share)
         self._sessions: dict[str, Session] = {}
+        # A wire that the driver has hung up may still be at work when a call comes, on the same model.
+        self._training = threading.Lock()
 
     def pid(self) -> int:
         """Return this process's id, once it is up."""
@@ -48,8 +51,9 @@ class ClientWorker(Answering):
         self, handle: Handle, weights: Array, public: dict[str, Any], tasks: tuple[ChunkTask, ...], first: int
     ) -> tuple[Array, tuple[ChunkReport, ...]]:
         """See `chunks.run_chunks`; two return values, so that the sum [d + b] need not pass the driver."""
-        session = self._session(handle)
-        total, reports = chunks.run_chunks(session, self._tensor(weights), self._tensors(public), tasks, first)
+        session, arguments = self._session(handle), (self._tensor(weights), self._tensors(public), tasks, first)
+        with self._training:
+            total, reports = chunks.run_chunks(session, *arguments)
         return total.cpu().numpy(), reports
 
     def hold(self, handle: Handle) -> None:

@@ -5,12 +5,18 @@ import numpy as np
 import pytest
 
 from fedsim.engine.checkpoints import Checkpoint, CheckpointFolder
+from fedsim.engine.pool import Faults
 
-STATE = {"optimizer/weights": np.arange(5, dtype=np.float32), "statistics": np.zeros(0, np.float32)}
+STATE = {
+    "optimizer/weights": np.arange(5, dtype=np.float32),
+    "defense/scale": np.array(1 / 3),  # a tensor without dimensions computes otherwise than one with an entry
+    "defense/turned": np.arange(6.0).reshape(2, 3).T,
+    "statistics": np.zeros(0, np.float32),
+}
 
 
 def checkpoint(rounds: int) -> Checkpoint:
-    return Checkpoint(rounds, STATE, [{"round": r, "loss": 0.5} for r in range(rounds)])
+    return Checkpoint(rounds, STATE, [{"round": r, "loss": 0.5} for r in range(rounds)], Faults(2, 1, 0), 1)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -20,7 +26,17 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found is not None
     assert found.rounds_done == 3
     assert found.history == checkpoint(3).history
-    assert all(np.array_equal(found.state[name], STATE[name]) for name in STATE)
+    assert (found.faults, found.rounds_by_wire) == (Faults(2, 1, 0), 1)
+    assert found.state.keys() == STATE.keys()
+    for name, array in STATE.items():
+        assert found.state[name].dtype == array.dtype and found.state[name].shape == array.shape
+        assert np.array_equal(found.state[name], array)
+
+
+def test_records_do_not_swell_the_header(tmp_path: Path) -> None:
+    """It ends at 100 MB: a run of 300,000 rounds could not be saved."""
+    written = CheckpointFolder(tmp_path, "mine").save(checkpoint(1000)).read_bytes()
+    assert int.from_bytes(written[:8], "little") < 1000 < len(written)
 
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
@@ -30,7 +46,26 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000010.safetensors", "round-000011.safetensors"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:9], lambda b: b"", lambda b: b"not this" * 99])
+def test_a_million_rounds_are_more_than_all_before(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, "mine")
+    for rounds in (999_998, 999_999, 1_000_000):
+        folder.save(Checkpoint(rounds, STATE, []))
+    found = folder.latest()
+    assert found is not None and found.rounds_done == 1_000_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-1000000.safetensors", "round-999999.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-7],
+        lambda b: b[:9],
+        lambda b: b"",
+        lambda b: b"not this" * 99,
+        lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+        lambda b: b.replace(b'"rounds_done": 2', b'"rounds_done": 3'),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

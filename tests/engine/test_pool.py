@@ -126,6 +126,25 @@ class Clock:
         self.leap += 1000 * self.leaping
 
 
+def test_a_worker_is_not_away_while_it_works_however_long(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = ray.remote(Echo).options(max_restarts=-1, max_task_retries=0, num_cpus=0).remote()
+    pool, clock = WorkerPool([actor]), Clock()
+    clock.leaping = False
+
+    def wait_for_long(workers: list[int], timeout: float | None) -> int | None:
+        clock.leap += 1000 * (timeout is None)
+        return wait(workers, timeout)
+
+    wait = pool.calls.wait
+    monkeypatch.setattr(pool.calls, "wait", wait_for_long)
+    monkeypatch.setattr(pool_module, "time", clock)
+    assert pool.map("die_unless_marked", [(7, f"{tmp_path}/died")], str) == [7]
+    assert pool.faults.workers_lost == 1 and clock.leap >= 1000
+    ray.kill(actor)
+
+
 def test_workers_that_stayed_away_too_long_are_not_held_against_the_next_simulation(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Rounds that wires carry: the bits of those that calls carry, whatever dies meanwhile."""
 
 import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -312,6 +313,51 @@ def test_where_sockets_do_not_work_rounds_go_by_calls(
     assert run(small_experiment(federation={"rounds": 2}), digits, own).rounds_by_wire == 0
     (line,) = caplog.messages
     assert "sockets do not work here" in line and "\n" not in line
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("own", [1], indirect=True)
+@pytest.mark.parametrize("victim", ["worker", "server"])
+def test_where_sockets_stop_working_the_round_goes_on_by_calls(
+    victim: str,
+    own: Runtime,
+    digits: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A full disk, for one: who dies cannot be connected again, but it lives, and no chunk is to blame."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def before(number: int) -> None:
+        if number == 2:
+            (tmp_path / victim).touch()
+            monkeypatch.setattr(wires_module, "Scratch", full)
+
+    config = deadly(tmp_path)
+    federation = run(config, digits, own, before)
+    assert federation.faults.workers_lost == (victim == "worker")
+    assert federation.faults.server_restarts == (victim == "server")
+    # The server's death comes at a round's end, which is all that calls do of that round.
+    assert federation.rounds_by_wire == 2 + (victim == "server")
+    assert sum("sockets do not work here" in line for line in caplog.messages) == 1
+    assert np.array_equal(federation.weights(), by_calls(config, digits, own))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("own", [1], indirect=True)
+def test_a_death_that_calls_find_is_counted_once(own: Runtime, digits: Dataset) -> None:
+    config = small_experiment()
+    federation = Federation(prepare(config, digits).spec, digits, own)
+    federation.run_round(0)
+    os.kill(ray.get(own.pool.workers[0].pid.remote()), signal.SIGKILL)
+    federation.evaluate()
+    federation.run_round(1)
+    federation.close()
+    assert federation.rounds_by_wire == 2
+    assert federation.faults.workers_lost == 1
 
 
 @pytest.mark.ray
