@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from analysis.names import look
 from analysis.scale_tables import speed_up
@@ -54,6 +54,7 @@ def draw_round_time(table: pd.DataFrame, config: ScaleConfig, points: dict[str, 
         panel.set_yscale("log")
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.set_xlabel("clients a round")
     axes[0].plot([], [], color=FAINT, linewidth=1, label="cost model")

@@ -103,6 +103,8 @@ def main() -> None:
         killer = Killer(runtime, options.kills, calm["seconds"] / options.rounds, options.seed)
         disturbed, clients, weights = run(config, dataset, runtime, options.rounds, killer)
         print(json.dumps(disturbed), flush=True)
+    if options.kills and not disturbed["killed"]:
+        raise SystemExit("nothing was killed, so nothing is shown: more --rounds or --kills")
     same = {"all_clients": set(clients) == {PER_ROUND}, "same_bits": bool(np.array_equal(weights, expected))}
     print(json.dumps(same))
     raise SystemExit(not all(same.values()))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from fedsim.config import ExperimentConfig, RuntimeConfig, TrackingConfig, parse_config
 from fedsim.errors import ConfigError
-from fedsim.schema import Schema, explain, suggest
+from fedsim.schema import NAME, NAME_IN_WORDS, Schema, explain, suggest
 from fedsim.settings import merged, read_yaml
 
 Settings = dict[str, Any]
@@ -34,7 +35,7 @@ class TableConfig(Schema):
 class ComparisonConfig(Schema):
     """The cells of a comparison, as layers of settings."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Name of the comparison and of its folder."""
     datasets: tuple[str, ...] = Field(min_length=1)
     """Names of the data sets."""
@@ -153,8 +154,11 @@ def narrow(
     """Return the part of a comparison that is asked for, under a name that says what was chosen.
 
     Raises:
-        ConfigError: If a defense or table is not in the comparison; unknown data sets fail in `cells`.
+        ConfigError: If a defense or table is not in the comparison, or the name is none for a folder; unknown data
+            sets fail in `cells`.
     """
+    if name is not None and not re.fullmatch(NAME, name):
+        raise ConfigError(f"--name: {NAME_IN_WORDS}, got {name!r}")
     chosen = {
         "defenses": _pick("defense", defenses, config.defenses),
         "tables": _pick("attack", tables, config.tables),

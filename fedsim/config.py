@@ -20,7 +20,7 @@ from fedsim.learning.server_optimizers import ServerOptimizerConfig, SgdConfig
 from fedsim.learning.training import MemoryFormat, Precision
 from fedsim.participation import StragglersConfig, sample_size
 from fedsim.privacy.observation import Adversary, Parameters
-from fedsim.schema import Schema, explain
+from fedsim.schema import NAME, Schema, explain
 from fedsim.settings import merged, parse_overrides, read_yaml
 
 
@@ -61,6 +61,10 @@ class FederationConfig(Schema):
         if self.clients_per_round > self.clients:
             raise ValueError(
                 f"clients_per_round is {self.clients_per_round}, but there are {self.clients} clients"
+            )
+        if self.min_clients > self.clients_per_round:
+            raise ValueError(
+                f"min_clients is {self.min_clients}, but clients_per_round is {self.clients_per_round}"
             )
         sampled = sample_size(self.clients_per_round, self.over_sampling)
         if sampled > self.clients:
@@ -159,7 +163,7 @@ class TrackingConfig(Schema):
 class ExperimentConfig(Schema):
     """One simulation: training under a defense, audited by attacks."""
 
-    name: str = Field(default="simulation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="simulation", pattern=NAME)
     """Name of the run and of its folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Everything random is drawn from it."""

@@ -43,9 +43,12 @@ def check_folder(
         rename: How the user chooses another folder, beside `--output`.
 
     Raises:
-        ConfigError: If it holds something else, or the same and `resume` was not asked for.
+        ConfigError: If it holds something else, or the same and `resume` was not asked for, or cannot be written.
     """
     saved, instead = folder / mark, f"choose another {rename} or --output"
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{folder}: no files can be written there: {there} is no folder that you may write to")
     if saved.exists():
         if not is_same(saved):
             raise ConfigError(f"{folder} holds another {kind}; {instead}")

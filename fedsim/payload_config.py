@@ -10,14 +10,14 @@ from fedsim.attacks import AttackConfig
 from fedsim.attacks.gia import GIAConfig
 from fedsim.errors import ConfigError
 from fedsim.learning.models import LeNetConfig, ModelConfig
-from fedsim.schema import Schema, explain
+from fedsim.schema import NAME, Schema, explain
 from fedsim.settings import merged
 
 
 class PayloadAttackConfig(Schema):
     """What the attacker knows of a payload, and the attack."""
 
-    name: str = Field(default="attack", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(default="attack", pattern=NAME)
     """Name of the folder that results are written to."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the attack's draws."""

@@ -42,8 +42,8 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
         data_dir: Where data sets of public images lie; see `load_dataset`.
 
     Raises:
-        ConfigError: If the data cannot be split so, the model does not fit, no client has enough images, or public
-            images are missing or do not fit.
+        ConfigError: If the data cannot be split so, the model does not fit, a user's own defense or attack cannot
+            be made, no client has enough images, or public images are missing or do not fit.
     """
     federation = config.federation
     root, rest = root_set(dataset, federation.root_per_class, config.seed)
@@ -52,6 +52,9 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
     model = spec.build_model(dataset)
     if config.runtime.execution == "fused":
         check_fusable(model)
+    config.defense.build()
+    for attack in config.attacks:
+        attack.build()
     rounds = config.audit.rounds if config.attacks else ()
     if config.audit.payload == "probe":
         victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}

@@ -7,6 +7,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a name that becomes a folder's may be."""
+NAME_IN_WORDS = "letters, digits, '.', '_' and '-', the first a letter or digit"
+
 
 class Schema(BaseModel):
     """Strict about names, immutable once read; every field carries its own documentation."""
@@ -55,6 +59,12 @@ def _message(problem: Any) -> str:
         return "needs a name"
     if kind == "unknown_setting":
         return str(problem["msg"])
+    if kind in ("model_type", "model_attributes_type", "dict_type") and isinstance(problem["input"], str):
+        return f"needs settings, as in {{name: {problem['input']}}}, got {problem['input']!r}"
+    if kind in ("tuple_type", "list_type") and isinstance(problem["input"], str):
+        return f"needs a list, as in [{problem['input']}], got {problem['input']!r}"
+    if kind == "string_pattern_mismatch" and context["pattern"] == NAME:
+        return f"{NAME_IN_WORDS}, got {problem['input']!r}"
     text = str(problem["msg"]).removeprefix("Value error, ")
     text = text[:1].lower() + text[1:]
     given = problem["input"]

@@ -36,6 +36,12 @@ def test_a_free_folder_is_accepted_and_left_as_it_is(tmp_path: Path, resume: boo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that you may write to"):
+        check(tmp_path / "file" / "deeper" / "still", same=True, resume=False)
+
+
 def test_what_a_killed_process_has_left_of_a_file_is_nothing(tmp_path: Path) -> None:
     (tmp_path / ".sweep.yaml.tmp").write_text("mi")
     check(tmp_path, same=True, resume=True)

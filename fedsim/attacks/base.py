@@ -160,7 +160,7 @@ class ClosedFormSettings(AttackSettings):
     @model_validator(mode="after")
     def _nothing_to_repeat(self) -> Self:
         for name in ("restarts", "ignore"):
-            if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: a closed form has no use for it")
         return self
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedsim.commands.base import draw_partition_of, make_console, work_options
 from fedsim.commands.reading import write_report
+from fedsim.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsim.comparison_config import ComparisonConfig
@@ -51,5 +52,7 @@ def _chosen(options: Namespace) -> "ComparisonConfig":
     from fedsim.comparison_config import load_comparison_config, narrow
 
     config = load_comparison_config(options.preset)
+    if options.seeds is not None and options.seeds < 1:
+        raise ConfigError(f"--seeds: at least 1, got {options.seeds}")
     seeds = range(options.seeds) if options.seeds else None if options.seed is None else [options.seed]
     return narrow(config, options.dataset, options.defense, options.attack, seeds, options.name)

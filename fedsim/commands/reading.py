@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.commands.base import make_console, store_options, store_uri
+from fedsim.errors import ConfigError
 
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +71,8 @@ def ui(options: Namespace) -> int:
     import subprocess
     import sys
 
+    if not 0 < options.port < 2**16:
+        raise ConfigError(f"--port: between 1 and 65535, got {options.port}")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(options)]
     print(f"MLflow at http://127.0.0.1:{options.port} (Ctrl-C ends it)")
     return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(options.port)])

@@ -68,14 +68,15 @@ class Round:
         Raises:
             RunError: If not, with who is missing and why.
         """
-        rejected = sum(len(report.rejected) for report in reports)
-        usable = len(self.who.clients) - rejected
+        rejected = {client: reason for report in reports for client, reason in report.rejected.items()}
+        usable = len(self.who.clients) - len(rejected)
         if usable < self._least:
             sampled = len(self.who.clients) + len(self.who.dropped) + len(self.who.late)
             raise RunError(
                 f"round {self.number}: {usable} of {sampled} clients sent a usable update, fewer than "
                 f"federation.min_clients ({self._least}): {len(self.who.dropped)} dropped out, "
-                f"{len(self.who.late)} were late, {rejected} sent what is not finite or has the wrong size"
+                f"{len(self.who.late)} were late, {len(rejected)} sent what is not finite or has the wrong size"
+                + "".join(f" (client {client}: {reason})" for client, reason in [*rejected.items()][:1])
             )
 
     def record(

@@ -85,22 +85,29 @@ class ServerSession:
         blocks: tuple[Block, ...],
         partials: tuple[Any, ...],
     ) -> RoundOutput:
-        """Aggregate the blocks' sums [d + b], in order, and move the weights."""
+        """Aggregate the blocks' sums [d + b], in order, and move the weights.
+
+        Raises:
+            RunError: If the aggregate, before or after compensation, or the new weights are not finite.
+        """
         start = time.perf_counter()
         weights = torch.tensor(client_weights, dtype=torch.float64)
         total = PairwiseSum(self.aggregation)
         for block, partial in zip(blocks, partials, strict=True):
             total.push(block, as_tensor(partial))
         mean = total.total() / weights.sum().item()
+        _check_finite(round_, mean, "the sum of the clients' updates, each of which is,")
         update, statistics = mean.split([self.model.layout.dimension, len(self.statistics)])
         aggregated = time.perf_counter()
         shares = (weights / weights.sum()).float()
         context = ServerContext(self.model, shares, round_, self.public)
         update = self.defense.compensate(update, context)
+        _check_finite(round_, update, "what the defense's compensate returned")
         compensated = time.perf_counter()
         federation = self.spec.config.federation
         rate = federation.server.rate(round_, federation.rounds)
         self.optimizer.step(federation.learning_rate * update, rate)
+        _check_finite(round_, self.optimizer.weights, "a global weight after the server's step")
         keep = STATISTICS_DECAY if round_ else 0.0
         self.statistics = keep * self.statistics + (1 - keep) * statistics
         self.prepare(round_ + 1)
@@ -139,6 +146,16 @@ class ServerSession:
         self.defense.load_state_dict(parts["defense"])
         self.public = parts["public"]
         self.statistics = torch.from_numpy(state["statistics"].copy())
+
+
+def _check_finite(round_: int, values: Tensor, what: str) -> None:
+    """Stop before weights that are lost would blame the clients of the next round.
+
+    Raises:
+        RunError: If not all of `values` are finite.
+    """
+    if not values.isfinite().all():
+        raise RunError(f"round {round_}: {what} is not finite")
 
 
 class SessionLostError(RunError):

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedsim.comparison_config import load_comparison_config
 from fedsim.config import ExperimentConfig, TrackingConfig, parse_config
 from fedsim.errors import ConfigError
-from fedsim.schema import Schema, explain, suggest
+from fedsim.schema import NAME, Schema, explain, suggest
 from fedsim.settings import merged, read_yaml
 from fedsim.sweep.metrics import ROUND_METRICS, reported_metrics
 from fedsim.sweep.space import Interval, Point, Settings, Space, lay
@@ -103,7 +103,7 @@ class BudgetConfig(Schema):
 class SweepConfig(Schema):
     """Simulations over a search space."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Name of the sweep and of its folder."""
     base: str | None = None
     """YAML file of the base experiment, relative to the sweep's own file."""

@@ -63,6 +63,12 @@ def test_settings_that_would_be_ignored_are_refused(settings):
         configured(factory=f"{HERE}:Grey", **settings)
 
 
+def test_a_config_that_names_every_setting_is_read_again():
+    """So are those that a run leaves, from which it goes on."""
+    own = configured(factory=f"{HERE}:Grey")
+    assert TypeAdapter(AttackConfig).validate_python(own.model_dump()) == own
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(
         ValidationError,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.data.datasets import Dataset, DigitsConfig, load_dataset
-from fedsim.defenses.base import ClientContext, Defense
+from fedsim.defenses.base import ClientContext, Defense, ServerContext
 from fedsim.engine.checkpoints import CheckpointFolder
 from fedsim.engine.dealing import split_evenly
 from fedsim.engine.federation import Federation
@@ -43,6 +43,32 @@ class Odd(Defense):
         if len(rows) > 1:
             rows[1] = rows[1] * float("inf")
         return rows
+
+
+class Spoiling(Defense):
+    """One client sends what overflows when it is weighted, or the server makes the aggregate not a number."""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+
+    def protect(self, updates: Tensor, context: ClientContext) -> Tensor:
+        return updates + 3e38 * (self.who == "client")
+
+    def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:
+        return aggregate * float("nan") if self.who == "server" else aggregate
+
+
+@pytest.mark.parametrize(
+    ("who", "what"),
+    [
+        ("client", "round 0: the sum of the clients' updates, each of which is, is not finite"),
+        ("server", "round 0: what the defense's compensate returned is not finite"),
+    ],
+)
+def test_no_weights_are_lost_without_a_word(who: str, what: str, runtime: Runtime, digits: Dataset) -> None:
+    config = small_experiment(federation={"rounds": 1}, defense=custom("Spoiling", who=who))
+    with pytest.raises(RunError, match=what):
+        Simulation(config, dataset=digits, runtime=runtime).run()
 
 
 class Notes(Reporter):
