@@ -26,13 +26,15 @@ class Command:
     handler: Callable[[Namespace], int]
 
 
-def settings_argument(parser: argparse.ArgumentParser) -> None:
-    """Take a config file and `key=value` settings."""
+def settings_argument(
+    parser: argparse.ArgumentParser, file: str = "a YAML file (default: the documented defaults)"
+) -> None:
+    """Take a config file, which `file` describes, and `key=value` settings."""
     parser.add_argument(
         "settings",
         nargs="*",
         metavar="CONFIG|key=value",
-        help="a YAML file (default: the documented defaults) and settings by dotted path, e.g. defense.sigma=0.1",
+        help=f"{file} and settings by dotted path, e.g. defense.sigma=0.1",
     )
 
 

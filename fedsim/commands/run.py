@@ -47,7 +47,7 @@ def run(options: Namespace) -> int:
 
 def validate_arguments(parser: argparse.ArgumentParser) -> None:
     """Take the options of `fedsim validate`."""
-    settings_argument(parser)
+    settings_argument(parser, "the YAML file to check")
 
 
 def validate(options: Namespace) -> int:

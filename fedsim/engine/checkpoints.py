@@ -88,6 +88,8 @@ class CheckpointFolder:
     def _load(self, path: Path, foreign: bool = False) -> Checkpoint:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
+            if "sha256" not in metadata:
+                raise ValueError("another program or version wrote it")
             if metadata["fingerprint"] != self.fingerprint and not foreign:
                 raise ValueError("it belongs to another experiment")
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
