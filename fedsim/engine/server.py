@@ -96,18 +96,18 @@ class ServerSession:
         for block, partial in zip(blocks, partials, strict=True):
             total.push(block, as_tensor(partial))
         mean = total.total() / weights.sum().item()
-        _check_finite(round_, mean, "the sum of the clients' updates, each of which is,")
+        _check_finite(round_, mean, "each client's update is finite, but their sum is not")
         update, statistics = mean.split([self.model.layout.dimension, len(self.statistics)])
         aggregated = time.perf_counter()
         shares = (weights / weights.sum()).float()
         context = ServerContext(self.model, shares, round_, self.public)
         update = self.defense.compensate(update, context)
-        _check_finite(round_, update, "what the defense's compensate returned")
+        _check_finite(round_, update, "what the defense's compensate returned is not finite")
         compensated = time.perf_counter()
         federation = self.spec.config.federation
         rate = federation.server.rate(round_, federation.rounds)
         self.optimizer.step(federation.learning_rate * update, rate)
-        _check_finite(round_, self.optimizer.weights, "a global weight after the server's step")
+        _check_finite(round_, self.optimizer.weights, "the server's step left weights that are not finite")
         keep = STATISTICS_DECAY if round_ else 0.0
         self.statistics = keep * self.statistics + (1 - keep) * statistics
         self.prepare(round_ + 1)
@@ -148,14 +148,14 @@ class ServerSession:
         self.statistics = torch.from_numpy(state["statistics"].copy())
 
 
-def _check_finite(round_: int, values: Tensor, what: str) -> None:
+def _check_finite(round_: int, values: Tensor, otherwise: str) -> None:
     """Stop before weights that are lost would blame the clients of the next round.
 
     Raises:
-        RunError: If not all of `values` are finite.
+        RunError: If not all of `values` are finite, with what is `otherwise` the case.
     """
     if not values.isfinite().all():
-        raise RunError(f"round {round_}: {what} is not finite")
+        raise RunError(f"round {round_}: {otherwise}")
 
 
 class SessionLostError(RunError):

@@ -61,7 +61,7 @@ class Spoiling(Defense):
 @pytest.mark.parametrize(
     ("who", "what"),
     [
-        ("client", "round 0: the sum of the clients' updates, each of which is, is not finite"),
+        ("client", "round 0: each client's update is finite, but their sum is not"),
         ("server", "round 0: what the defense's compensate returned is not finite"),
     ],
 )
