@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,11 @@ def memory_estimate(config: ExperimentConfig, prepared: Prepared, workers: int) 
     return (workers + 2) * PROCESS_BYTES + shared + workers * width * (COPIES * dimension * 4 + batch)
 
 
+def of_memory(wanted: int) -> str:
+    """Return in words how many bytes are wanted, and how many there are."""
+    return f"about {wanted / 2**30:.1f} of this machine's {psutil.virtual_memory().total / 2**30:.1f} GiB"
+
+
 def print_plan(config: ExperimentConfig, prepared: Sequence[Prepared], console: Console) -> None:
     """Print the resolved config of a simulation, the data it would use and the memory it would need."""
     console.print(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), highlight=False, end="")
@@ -38,8 +44,9 @@ def print_plan(config: ExperimentConfig, prepared: Sequence[Prepared], console: 
         console.print(
             f"# {len(one.dataset.train_labels):,} training images, {sizes.min()} to {sizes.max()} a client; "
             f"{len(one.dataset.test_labels):,} to test; {workers} workers here, "
-            f"about {memory_estimate(config, one, workers) / 2**30:.1f} GiB",
+            f"{of_memory(memory_estimate(config, one, workers))}",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -54,7 +61,7 @@ def print_comparison_plan(comparison: Comparison, console: Console) -> None:
     largest = max(memory_estimate(p.spec.config, p, workers) for p in comparison.by_dataset().values())
     console.print(
         f"# {len(comparison.cells)} cells, {rounds:,} rounds, {victims} reconstructions; "
-        f"{workers} workers here, about {largest / 2**30:.1f} GiB; "
+        f"{workers} workers here, {of_memory(largest)}; "
         f"output in {comparison.folder}",
         highlight=False,
         soft_wrap=True,

@@ -97,7 +97,7 @@ def _width(text: str) -> "int | str":
 def _print_plan(study: "ScaleStudy", console: Any) -> None:
     import yaml
 
-    from fedsim.plan import PROCESS_BYTES
+    from fedsim.plan import PROCESS_BYTES, of_memory
 
     config = study.config
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -107,7 +107,7 @@ def _print_plan(study: "ScaleStudy", console: Any) -> None:
     processes = max((cell.workers for cell in cells), default=0) + 2
     console.print(
         f"# {len(cells)} cells to measure, at most {trained:,} local trainings; up to {processes} processes, "
-        f"about {processes * PROCESS_BYTES / 2**30:.1f} GiB; output in {study.folder}",
+        f"{of_memory(processes * PROCESS_BYTES)}; output in {study.folder}",
         highlight=False,
         soft_wrap=True,
     )
