@@ -46,13 +46,19 @@ def check_folder(
         ConfigError: If it holds something else, or the same and `resume` was not asked for, or cannot be written.
     """
     saved, instead = folder / mark, f"choose another {rename} or --output"
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigError(f"{folder}: no files can be written there: {there} is no folder that you may write to")
-    if saved.exists():
+    if os.path.exists(saved):
         if not is_same(saved):
             raise ConfigError(f"{folder} holds another {kind}; {instead}")
         if not resume:
             raise ConfigError(f"{folder} holds this {kind} already; --resume goes on with it, or {instead}")
-    elif folder.exists() and not all(path.name.endswith(UNFINISHED) for path in folder.iterdir()):
+        return
+    # Path.exists would raise where a folder above may not be looked into.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.R_OK | os.W_OK | os.X_OK)):
+        raise ConfigError(f"{folder}: no files can be written there: {there} is no folder that you may write to")
+    if there == folder and not all(_is_unfinished(path) for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no {kind}; {instead}")
+
+
+def _is_unfinished(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED)

@@ -52,9 +52,7 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
     model = spec.build_model(dataset)
     if config.runtime.execution == "fused":
         check_fusable(model)
-    config.defense.build()
-    for attack in config.attacks:
-        attack.build()
+    check_factories(config)
     rounds = config.audit.rounds if config.attacks else ()
     if config.audit.payload == "probe":
         victims = {round_: audit.choose_victims(config, parts, round_) for round_ in rounds}
@@ -72,6 +70,17 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
         if attack.public_source and sizes:
             attack.check_public(len(public[attack.public_source].labels), sizes[-1])
     return Prepared(dataset, spec, victims, public)
+
+
+def check_factories(config: ExperimentConfig) -> None:
+    """See that the defense and the attacks can be made: users' own are known by the names of their factories alone.
+
+    Raises:
+        ConfigError: If one cannot.
+    """
+    config.defense.build()
+    for attack in config.attacks:
+        attack.build()
 
 
 def _training_victims(spec: SessionSpec, round_: int) -> tuple[Victim, ...]:

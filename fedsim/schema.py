@@ -59,8 +59,10 @@ def _message(problem: Any) -> str:
         return "needs a name"
     if kind == "unknown_setting":
         return str(problem["msg"])
-    if kind in ("model_type", "model_attributes_type", "dict_type") and isinstance(problem["input"], str):
+    if kind == "model_attributes_type" and isinstance(problem["input"], str):  # one of several, told by its name
         return f"needs settings, as in {{name: {problem['input']}}}, got {problem['input']!r}"
+    if kind == "model_type":
+        return f"needs settings, got {problem['input']!r}"
     if kind in ("tuple_type", "list_type") and isinstance(problem["input"], str):
         return f"needs a list, as in [{problem['input']}], got {problem['input']!r}"
     if kind == "string_pattern_mismatch" and context["pattern"] == NAME:

@@ -158,12 +158,10 @@ class _Run:
             CheckpointFolder(self.folder.checkpoints, self.config.fingerprint()) if self.folder else None
         )
         checkpoint = self.checkpoints.latest() if self.checkpoints else None
-        self.before = checkpoint or Checkpoint(0, {}, [])
-        self.history: list[dict[str, Any]] = list(self.before.history)
-        self.saved = len(self.history)
-        self.federation = Federation(
-            self.spec, self.dataset, runtime, self.before.state if checkpoint else None, self.saved
-        )
+        before = checkpoint or Checkpoint(0, {}, [])
+        self.history, self.saved = before.history, len(before.history)
+        self.faults_before, self.by_wire_before = before.faults, before.rounds_by_wire
+        self.federation = Federation(self.spec, self.dataset, runtime, before.state or None, self.saved)
         self.auditor = Auditor(simulation.prepared, self.federation, self.folder, self.reporter)
 
     def train(self) -> SimulationResult:
@@ -200,9 +198,9 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Evaluate the present weights if that is due and not done: an interruption may have come before it."""
-        for newest in self.history[-1:]:
-            if "ACC" not in newest and self._due(newest["round"], self.config.federation.evaluate_every):
-                newest["ACC"], newest["test_loss"] = self.federation.evaluate()
+        newest = self.history[-1] if self.history else None
+        if newest and "ACC" not in newest and self._due(newest["round"], self.config.federation.evaluate_every):
+            newest["ACC"], newest["test_loss"] = self.federation.evaluate()
 
     def _log(self, records: Sequence[dict[str, Any]]) -> None:
         """Log those rounds that MLflow does not have: of a checkpoint's it may lack some, or hold later ones."""
@@ -248,8 +246,8 @@ class _Run:
 
     def _tally(self) -> tuple[Faults, int]:
         """Return the faults, and how many rounds wires carried, also in the processes before this one."""
-        by_wire = self.before.rounds_by_wire + self.federation.rounds_by_wire
-        return self.before.faults.plus(self.federation.faults), by_wire
+        by_wire = self.by_wire_before + self.federation.rounds_by_wire
+        return self.faults_before.plus(self.federation.faults), by_wire
 
     def _finish(self, overhead: Overhead | None) -> SimulationResult:
         faults, by_wire = self._tally()

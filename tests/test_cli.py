@@ -153,7 +153,7 @@ def test_an_interrupted_comparison_keeps_its_cells_and_resumes_the_rest(tiny: Pa
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "--resume" in errors
     stamp = first.stat().st_mtime_ns

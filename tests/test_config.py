@@ -51,6 +51,7 @@ def test_the_defaults_are_valid_and_survive_a_round_trip() -> None:
         (["name=../evil"], ["name: letters, digits", "'../evil'"]),
         (["defense=gc"], ["defense: needs settings, as in {name: gc}"]),
         (["federation.stragglers=lognormal"], ["federation.stragglers: needs settings, as in {name: lognormal}"]),
+        (["federation=x"], ["federation: needs settings, got 'x'"]),
         (["attacks=dlg"], ["attacks: needs a list, as in [dlg]"]),
         (["attacks=[dlg]"], ["attacks.0: needs settings, as in {name: dlg}"]),
         (["seed=-1"], ["seed", "greater than or equal to 0"]),

@@ -142,7 +142,7 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_weights(
     wait_for(lambda: not sandbox.processes())
 
 
-def test_nothing_is_left_after_success(sandbox: Sandbox) -> None:
+def test_a_private_runtime_leaves_no_process_and_no_file(sandbox: Sandbox) -> None:
     """Run apart, in a process of its own, because this one holds the shared runtime."""
     code = (
         "import signal, fedsim.simulation as s; from tests.conftest import small_experiment as e;"
@@ -154,6 +154,13 @@ def test_nothing_is_left_after_success(sandbox: Sandbox) -> None:
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert 0 <= float(output.split()[-1]) <= 1
+    sandbox.expect_nothing_left()
+
+
+def test_nothing_is_left_after_success(sandbox: Sandbox) -> None:
+    process = sandbox.start(*arguments(experiment(rounds=2)))
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
     sandbox.expect_nothing_left()
 
 

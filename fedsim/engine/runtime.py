@@ -78,7 +78,7 @@ class Cluster:
         ray.shutdown()
         _on_terminate(self._terminate)
         if self._scratch:
-            self._scratch.remove()
+            self._scratch.close()
             self._scratch = None
 
     def __enter__(self) -> "Cluster":

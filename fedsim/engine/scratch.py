@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 
 PREFIX = "fedsim-"
 LOCK = "driver.lock"
@@ -15,7 +14,7 @@ YOUNG_SECONDS = 60
 
 
 class Scratch:
-    """A folder that belongs to this process for as long as it holds a lock on a file in it; a context manager."""
+    """A folder that belongs to this process for as long as it holds a lock on a file in it."""
 
     def __init__(self) -> None:
         """Remove what dead drivers have left, and make a folder of one's own."""
@@ -24,23 +23,10 @@ class Scratch:
         self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
-    def remove(self) -> None:
-        """Remove the folder."""
+    def close(self) -> None:
+        """Remove the folder and give up the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
-
-    def __enter__(self) -> Path:
-        """Return the folder."""
-        return self.path
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove it."""
-        self.remove()
 
 
 def remove_abandoned(where: Path) -> None:

@@ -11,7 +11,7 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
@@ -130,13 +130,14 @@ class Wires:
     def _open(self, missing: Sequence[int]) -> None:
         key = secrets.token_bytes(32)
         # Who is connected does not need the folder any more.
-        with Scratch() as folder:
-            started = {number: self._start(number, str(folder / f"{number}"), key) for number in missing}
+        with closing(Scratch()) as scratch:
+            paths = {number: str(scratch.path / f"{number}") for number in missing}
+            started = {number: self._start(number, path, key) for number, path in paths.items()}
             for number, references in started.items():
                 with suppress(RayActorError, ConnectionError, EOFError):  # it has died: messages will find out
                     ray.get(references)
                     if number not in self._ends:
-                        self._ends[number] = Client(str(folder / f"{number}"), "AF_UNIX", authkey=key)
+                        self._ends[number] = Client(paths[number], "AF_UNIX", authkey=key)
                     if self._simulation and number != self._server:
                         self._held[number].add(self._simulation[0])
 

@@ -25,21 +25,22 @@ Integers = np.typing.NDArray[np.int64]
 Width = Literal["auto"] | int
 
 DECIDED = {
-    "federation.clients": "--clients",
-    "federation.clients_per_round": "--clients",
-    "federation.rounds": "--rounds",
-    "federation.dropout": "--clients, all of whom report",
-    "federation.stragglers": "--clients, all of whom report",
-    "federation.over_sampling": "--clients, all of whom report",
-    "runtime.workers": "--workers",
-    "runtime.clients_per_chunk": "--widths",
-    "defense": "--defenses",
-    "data.partition": "--images",
-    "attacks": "",
-    "audit": "",
-    "overhead_pairs": "",
+    "federation.clients": "use --clients",
+    "federation.clients_per_round": "use --clients",
+    "federation.min_clients": "all clients report",
+    "federation.dropout": "all clients report",
+    "federation.stragglers": "all clients report",
+    "federation.over_sampling": "all clients report",
+    "federation.rounds": "use --rounds",
+    "runtime.workers": "use --workers",
+    "runtime.clients_per_chunk": "use --widths",
+    "defense": "use --defenses",
+    "data.partition": "use --images",
+    "attacks": "it measures no attacks",
+    "audit": "it measures no attacks",
+    "overhead_pairs": "it measures rounds without a defense, too",
 }
-"""Settings that the study decides, and the options that do."""
+"""Settings that the study decides, and what to know instead."""
 
 
 @dataclass(frozen=True, order=True)
@@ -169,12 +170,11 @@ def parse_scale(options: dict[str, Any], settings: dict[str, Any], source: str) 
     Raises:
         ConfigError: If anything is wrong, or a setting is given that the study decides.
     """
-    for path, option in DECIDED.items():
+    for path, instead in DECIDED.items():
         found: Any = settings
         for part in path.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if found is not None:
-            instead = f"use {option}" if option else "it measures no attacks"
             raise ConfigError(f"{path}: the study decides that; {instead}")
     experiment = parse_config(merged({"name": "scale"}, settings), source)
     data = {"experiment": experiment, **options}

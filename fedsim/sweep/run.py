@@ -17,7 +17,7 @@ from fedsim.data.datasets import Dataset, dataset_key, load_dataset
 from fedsim.engine.runtime import Cluster
 from fedsim.errors import ConfigError
 from fedsim.files import check_folder, write_atomically
-from fedsim.preparation import prepare
+from fedsim.preparation import check_factories, prepare
 from fedsim.settings import read_yaml
 from fedsim.sweep.config import OptunaSearchConfig, SweepConfig, check_sweep
 from fedsim.sweep.outcomes import Outcome, OutcomeFolder, as_frame
@@ -71,6 +71,7 @@ class Sweep:
             key = dataset_key(config.data)
             if key not in self.datasets:
                 self.datasets[key] = load_dataset(config.data, self.data_dir)
+            check_factories(config)
             if _kind(config) not in prepared:
                 prepared.add(_kind(config))
                 prepare(config, self.datasets[key], self.data_dir)
@@ -183,7 +184,7 @@ class Sweep:
 
 
 def _kind(config: ExperimentConfig) -> str:
-    """Return all that `prepare` depends on."""
+    """Return all that the rest of `prepare` depends on."""
     federation = config.federation
     sizes = (federation.clients, federation.clients_per_round, federation.root_per_class, federation.batch_size)
     return repr((config.data, config.model, sizes, config.audit, bool(config.attacks)))

@@ -46,7 +46,7 @@ class Odd(Defense):
 
 
 class Spoiling(Defense):
-    """One client sends what overflows when it is weighted, or the server makes the aggregate not a number."""
+    """A client sends what overflows when it is weighted, or the server makes round 1's aggregate not a number."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -55,20 +55,25 @@ class Spoiling(Defense):
         return updates + 3e38 * (self.who == "client")
 
     def compensate(self, aggregate: Tensor, context: ServerContext) -> Tensor:
-        return aggregate * float("nan") if self.who == "server" else aggregate
+        return aggregate * float("nan") if (self.who, context.round) == ("server", 1) else aggregate
 
 
 @pytest.mark.parametrize(
-    ("who", "what"),
+    ("who", "what", "rounds"),
     [
-        ("client", "round 0: each client's update is finite, but their sum is not"),
-        ("server", "round 0: what the defense's compensate returned is not finite"),
+        ("client", "round 0: each client's update is finite, but their sum is not", 0),
+        ("server", "round 1: what the defense's compensate returned is not finite", 1),
     ],
 )
-def test_no_weights_are_lost_without_a_word(who: str, what: str, runtime: Runtime, digits: Dataset) -> None:
-    config = small_experiment(federation={"rounds": 1}, defense=custom("Spoiling", who=who))
+def test_what_is_not_finite_ends_its_own_round_and_the_weights_before_are_kept(
+    who: str, what: str, rounds: int, runtime: Runtime, digits: Dataset, tmp_path: Path
+) -> None:
+    config = small_experiment(defense=custom("Spoiling", who=who), checkpoint_every=100)
     with pytest.raises(RunError, match=what):
-        Simulation(config, dataset=digits, runtime=runtime).run()
+        Simulation(config, dataset=digits, runtime=runtime, output=tmp_path / "run").run()
+    kept = CheckpointFolder(tmp_path / "run/checkpoints", config.fingerprint()).latest()
+    assert (kept.rounds_done if kept else 0) == rounds
+    assert kept is None or all(np.isfinite(array).all() for array in kept.state.values())
 
 
 class Notes(Reporter):

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ def age(folder: Path) -> None:
 def test_what_a_killed_driver_left_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
     (tmp_path / "fedsim-notes").mkdir()
     left = Path(subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True).stdout.strip())
-    with Scratch() as alive:
+    with closing(Scratch()) as alive:
         assert left.exists(), "too young to be told from one in the making"
         age(left)
-        age(alive)
-        with Scratch() as mine:
-            assert {path.name for path in tmp_path.iterdir()} == {"fedsim-notes", alive.name, mine.name}
+        age(alive.path)
+        with closing(Scratch()) as mine:
+            assert {path.name for path in tmp_path.iterdir()} == {"fedsim-notes", alive.path.name, mine.path.name}
     assert [path.name for path in tmp_path.iterdir()] == ["fedsim-notes"]

@@ -35,7 +35,7 @@ def rows(folder: Path) -> pd.DataFrame:
         (["--defenses", "gradefense"], "did you mean 'graddefense'"),
         (["--images", "5000"], "cannot hold 5000 of"),
         (["runtime.workers=3"], "use --workers"),
-        (["federation.dropout=0.1"], "the study decides that; use --clients, all of whom report"),
+        (["federation.dropout=0.1"], "federation.dropout: the study decides that; all clients report"),
         (["model.name=lenett"], "did you mean 'lenet'"),
         (["--nodes", "2", "--address", "127.0.0.1:1"], "--nodes starts nodes on this machine"),
         (["--address", "127.0.0.1:1", "tracking.uri=off"], "no Ray runtime"),
