@@ -73,7 +73,7 @@ def prepare(config: ExperimentConfig, dataset: Dataset, data_dir: Path | None = 
 
 
 def check_factories(config: ExperimentConfig) -> None:
-    """See that the defense and the attacks can be made: users' own are known by the names of their factories alone.
+    """See that the defense and the attacks can be made: of users' own only the factories' names are known so far.
 
     Raises:
         ConfigError: If one cannot.

@@ -56,9 +56,7 @@ def work_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--address", help="Ray cluster to run on (default: a private Ray on this machine)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check settings and data, print the plan, start nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check settings and data, print the plan, no more")
 
 
 def store_options(parser: argparse.ArgumentParser) -> None:
